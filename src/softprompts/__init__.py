@@ -1,0 +1,1 @@
+"""softprompts: learned prompts for frozen language models."""

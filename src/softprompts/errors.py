@@ -1,0 +1,113 @@
+"""Every error that softprompts raises for a user's mistake or a broken input.
+
+The tree::
+
+    SoftPromptsError
+    ├── ConfigError (ValueError)             a recipe, an option or an override is wrong
+    ├── DataError (ValueError)               a record, a task format or a corpus is wrong
+    │   └── DataNotFoundError (FileNotFoundError)  the file or data set does not exist
+    ├── LengthError (ValueError)             a text does not fit into the context, a prompt has the wrong length
+    ├── UnsupportedModelError (ValueError)   the model cannot be steered correctly, so it is refused
+    ├── PromptMismatchError (ValueError)     a prompt meets a model that it was not made for
+    ├── ArtifactError (ValueError)           a prompt on disk is damaged, incomplete or of a refused kind
+    ├── CheckpointError (RuntimeError)       a training state cannot be resumed
+    ├── StorageError (OSError)               writing failed; what was there before is untouched
+    ├── MissingExtraError (ImportError)      an optional dependency is not installed
+    └── TrainingInterrupted (RuntimeError)   Ctrl-C or SIGTERM; the state was saved first
+
+Each one subclasses the standard error that a caller would expect as well, so ``except ValueError`` keeps working.
+A message says what is wrong, what was got, what was expected and what to do about it. To add one: subclass the
+project's error *and* the standard one, add a line to the tree, raise it where the mistake is first visible.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ArtifactError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DataNotFoundError",
+    "LengthError",
+    "MissingExtraError",
+    "PromptMismatchError",
+    "SoftPromptsError",
+    "StorageError",
+    "TrainingInterrupted",
+    "UnsupportedModelError",
+    "nearest",
+]
+
+
+class SoftPromptsError(Exception):
+    """Base of all errors of this project; the command line prints it as one paragraph and exits with 2."""
+
+
+class ConfigError(SoftPromptsError, ValueError):
+    """A recipe, an option or an override is wrong."""
+
+
+class DataError(SoftPromptsError, ValueError):
+    """A record, a task format or a corpus is wrong."""
+
+
+class DataNotFoundError(DataError, FileNotFoundError):
+    """A data file or data set does not exist."""
+
+    def __str__(self) -> str:
+        # FileNotFoundError formats (errno, text) pairs; ours carries one finished sentence.
+        return str(self.args[0]) if self.args else ""
+
+
+class LengthError(SoftPromptsError, ValueError):
+    """A text does not fit into the context, or a prompt has the wrong length."""
+
+
+class UnsupportedModelError(SoftPromptsError, ValueError):
+    """The model cannot be steered correctly and is therefore refused."""
+
+
+class PromptMismatchError(SoftPromptsError, ValueError):
+    """A prompt meets a model that it was not made for."""
+
+
+class ArtifactError(SoftPromptsError, ValueError):
+    """A prompt on disk is damaged, incomplete or of a kind that is never loaded (pickle)."""
+
+
+class CheckpointError(SoftPromptsError, RuntimeError):
+    """A training state cannot be resumed."""
+
+
+class StorageError(SoftPromptsError, OSError):
+    """Writing failed; what was there before is untouched."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class MissingExtraError(SoftPromptsError, ImportError):
+    """An optional dependency is not installed."""
+
+
+class TrainingInterrupted(SoftPromptsError, RuntimeError):  # noqa: N818 - an interruption is no error of the user's
+    """Training was stopped from outside; its state was saved before this was raised."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say which known name ``name`` was probably meant to be, and list them all.
+
+    Args:
+        name: What was given.
+        known: What would have been accepted.
+
+    Returns:
+        ``"did you mean 'x'? known: a, b, x"``, without the first half where nothing is near.
+    """
+    names = sorted(known)
+    match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    guess = f"did you mean '{match[0]}'? " if match else ""
+    return f"{guess}known: {', '.join(names) if names else 'none'}"

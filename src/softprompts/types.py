@@ -1,0 +1,197 @@
+"""The values that cross the borders between units.
+
+Shape letters: B batch, T text tokens, P prompt length, L layers, N KV heads, H head size, D width, V vocabulary,
+K prompts. A tensor's name ends in its shape: ``ids_BT`` is ``[batch, text tokens]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "Batch",
+    "Encoded",
+    "Example",
+    "Geometry",
+    "KeyValueSite",
+    "LayerKey",
+    "MetricValue",
+    "Prediction",
+    "PromptStates",
+    "Segment",
+    "TextEmbedder",
+]
+
+
+class LayerKey(NamedTuple):
+    """Where keys and values live: an attention site and the layer's number within it.
+
+    ``site`` is ``"self"`` for decoder-only models; encoder-decoders have ``"encoder"``, ``"decoder"`` and ``"cross"``.
+    """
+
+    site: str
+    layer: int
+
+
+@dataclass(frozen=True)
+class KeyValueSite:
+    """One layer that owns keys and values, as a probe of the model saw it."""
+
+    key: LayerKey
+    kv_heads: int
+    """N, the number of key/value heads (grouped-query attention has fewer than query heads)."""
+    key_size: int
+    """H of the keys."""
+    value_size: int
+    """H of the values; multi-head latent attention has another one than the keys'."""
+    window: int | None = None
+    """Tokens that this layer looks back, or ``None`` for all of them."""
+
+    @property
+    def width(self) -> int:
+        """Numbers per prompt position: keys and values of all heads."""
+        return self.kv_heads * (self.key_size + self.value_size)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a frozen model offers to a prompt. Read by probing, never from config field names."""
+
+    family: str
+    """``config.model_type`` of the model."""
+    width: int
+    """D, the size of one input embedding."""
+    vocab_size: int
+    """V, rows of the input embedding table."""
+    max_positions: int | None
+    """Longest sequence that the model was made for (prompt included), or ``None`` where nothing limits it."""
+    sites: tuple[KeyValueSite, ...]
+    """Every layer that owns keys and values, in the order in which the model runs them."""
+
+    @property
+    def prefix_width(self) -> int:
+        """Numbers per position of a prefix over all layers."""
+        return sum(site.width for site in self.sites)
+
+
+@dataclass(frozen=True)
+class PromptStates:
+    """What a prompt yields, **unbatched**: embeddings and/or keys and values per layer.
+
+    A folded prompt has keys and values only. Gradients flow through these tensors while training.
+    """
+
+    length: int
+    """P."""
+    embeddings_PD: Tensor | None = None
+    keys_values: Mapping[LayerKey, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Per layer ``(keys [N, P, H], values [N, P, H])``, keys after rotary embedding, as the attention sees them."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record of a task as text."""
+
+    input: str
+    target: str
+    references: tuple[str, ...] = ()
+    """All acceptable outputs (for metrics); empty means ``(target,)``."""
+    choices: tuple[str, ...] = ()
+    """The legal answers of a classification task, empty for free text."""
+    id: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def all_references(self) -> tuple[str, ...]:
+        """The references, or the target where there are none."""
+        return self.references or (self.target,)
+
+
+class Segment(NamedTuple):
+    """A piece of a formatted example. ``role`` is ``"input"``, ``"separator"``, ``"target"`` or ``"end"``.
+
+    An infix goes where the first segment that is not ``"input"`` begins.
+    """
+
+    text: str
+    role: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as token ids. Labels are those of ``ids[target_start:]``."""
+
+    ids: tuple[int, ...]
+    target_start: int
+    """Index of the first token that is predicted and learned; ``len(ids)`` for an input without target."""
+    example: Example
+    prompt: int = 0
+    """Index of the prompt that this row carries; -1 for none."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One padded batch. ``mask`` is 1 on real tokens, ``labels`` is -100 where nothing is learned.
+
+    ``labels_BT[b, t]`` is the token that the model should predict AT position t, that is token t itself (the shift by
+    one is done by the owner of the forward pass, as in transformers).
+    """
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    labels_BT: Tensor | None
+    prompt_of_row_B: Tensor
+    """Index of each row's prompt, -1 for none."""
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return int(self.ids_BT.shape[0])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A generated output beside its example."""
+
+    example: Example
+    text: str
+    logprob: float | None = None
+
+
+@dataclass(frozen=True)
+class MetricValue:
+    """One score with its bootstrap standard error."""
+
+    value: float
+    stderr: float | None
+    name: str = ""
+
+
+class TextEmbedder(Protocol):
+    """What an initializer needs of a frozen model (implemented by ``models.frozen.FrozenLM``)."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """Shapes of the model."""
+        ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text``, without special tokens."""
+        ...
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """Input embeddings ``[len(ids), D]`` as the model itself computes them."""
+        ...
+
+    def activations(self, embeddings_PD: Tensor) -> Mapping[LayerKey, tuple[Tensor, Tensor]]:
+        """Keys and values that these embeddings evoke in every layer."""
+        ...
+
+    def common_ids(self, count: int) -> list[int]:
+        """The ``count`` most common token ids, most common first, special tokens left out."""
+        ...
