@@ -1,0 +1,63 @@
+# Every target does all of its own set-up: a virtual environment in .venv, installed once and again when
+# pyproject.toml or constraints.txt change. Use another interpreter with `make PYTHON=python3.12 test`.
+.POSIX:
+.DEFAULT_GOAL := help
+
+PYTHON = python3
+VENV = .venv
+BIN = $(VENV)/bin
+WORKERS = 2
+# One thread per test worker: the models of the tests are tiny, and threads that wait for each other cost more than they give.
+THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST = $(THREADS) $(BIN)/python -m pytest
+
+.PHONY: help quickstart test lint types check nightly reference format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-18s %s\n' "$$name" "$$text"; done
+
+quickstart: $(VENV)/.base ## train a prompt on the bundled model and show before and after, offline
+	@$(BIN)/softprompts quickstart
+
+test: $(VENV)/.dev ## the quick tests (no network, no GPU)
+	@$(PYTEST) -n $(WORKERS) $(ARGS)
+
+lint: $(VENV)/.dev ## ruff, on src, tests and scripts
+	@$(BIN)/ruff check src tests scripts
+
+types: $(VENV)/.dev ## mypy, strict, on src
+	@$(BIN)/mypy
+
+check: lint types test ## lint, types and test
+
+nightly: $(VENV)/.dev ## every test that needs no network and no GPU, the slow ones included
+	@$(PYTEST) -m "not gpu and not network" $(ARGS)
+
+reference: $(VENV)/.dev ## write docs/reference anew from the code
+	@$(BIN)/python scripts/generate_reference.py
+
+format: $(VENV)/.dev ## let ruff mend what it can
+	@$(BIN)/ruff check --fix src tests scripts
+
+clean: ## remove the virtual environment and every cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "softprompts needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing)." >&2; \
+	  echo "Name another interpreter: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.base: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "Installing softprompts into $(VENV) (a few minutes the first time)"
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "Installing softprompts and what its tests need into $(VENV) (a few minutes the first time)"
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $(VENV)/.base $@
