@@ -68,9 +68,11 @@ class TaskConfig:
     dev: str | None = None
     test: str | None = None
     format: str | None = None
-    """Template for the input, ``"Review: {text} Sentiment:"``; only for the tasks ``jsonl`` and ``csv``."""
+    """Template for the input, ``"Review: {text} Sentiment:"``; only for the task ``records``."""
     target: str | None = None
-    """Template for the target, ``"{label}"``; only for the tasks ``jsonl`` and ``csv``."""
+    """Template for the target, ``"{label}"``; only for the task ``records``."""
+    separator: str | None = None
+    """Text between input and target, ``eos`` for the end-of-sequence token; ``None`` takes the task's own."""
     max_length: int = 512
     """Longest row in tokens, prompt not counted."""
     on_long: Literal["error", "truncate"] = "error"
