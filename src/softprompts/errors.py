@@ -13,6 +13,7 @@ The tree::
     ├── CheckpointError (RuntimeError)       a training state cannot be resumed
     ├── StorageError (OSError)               writing failed; what was there before is untouched
     ├── MissingExtraError (ImportError)      an optional dependency is not installed
+    ├── DivergedError (ArithmeticError)      the training loss or its gradient is no finite number
     └── TrainingInterrupted (RuntimeError)   Ctrl-C or SIGTERM; the state was saved first
 
 Each one subclasses the standard error that a caller would expect as well, so ``except ValueError`` keeps working.
@@ -31,6 +32,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DataNotFoundError",
+    "DivergedError",
     "LengthError",
     "MissingExtraError",
     "PromptMismatchError",
@@ -91,6 +93,10 @@ class StorageError(SoftPromptsError, OSError):
 
 class MissingExtraError(SoftPromptsError, ImportError):
     """An optional dependency is not installed."""
+
+
+class DivergedError(SoftPromptsError, ArithmeticError):
+    """The training loss or its gradient is no finite number; nothing was updated with it."""
 
 
 class TrainingInterrupted(SoftPromptsError, RuntimeError):  # noqa: N818 - an interruption is no error of the user's
