@@ -184,6 +184,15 @@ class TextEmbedder(Protocol):
         """Token ids of ``text``, without special tokens."""
         ...
 
+    def tokenize_words(self, text: str) -> list[int]:
+        """Token ids of ``text`` as it would stand inside a sentence (a leading space where the tokenizer wants one)."""
+        ...
+
+    @property
+    def bos_ids(self) -> tuple[int, ...]:
+        """What the tokenizer puts in front of every text, often nothing."""
+        ...
+
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Input embeddings ``[len(ids), D]`` as the model itself computes them."""
         ...

@@ -1,0 +1,320 @@
+"""The frozen language model: weights that never change, and what a prompt needs to know of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from softprompts.errors import ConfigError, DataNotFoundError, UnsupportedModelError, nearest
+from softprompts.models.attention import IMPLEMENTATION, Steering, register_attention
+from softprompts.models.geometry import probe
+from softprompts.types import Geometry, LayerKey
+
+__all__ = ["FrozenLM"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation")
+_DROPOUT_FIELDS = ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "hidden_dropout")
+
+
+class FrozenLM:
+    """A causal language model whose weights are frozen, without dropout, ready to be steered.
+
+    Attributes:
+        model: The transformers model, in eval mode, no parameter requires a gradient.
+        tokenizer: Its tokenizer.
+        geometry: What it offers to a prompt (probed).
+        name: Where it came from, for people to read.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str = "") -> None:
+        register_attention()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name or str(model.config._name_or_path or type(model).__name__)
+        self._checkpointing = False
+        self._former_attention = str(model.config._attn_implementation)
+        self.freeze()
+        try:
+            model.set_attn_implementation(IMPLEMENTATION)
+            self.geometry, self.layer_of = probe(model)
+            self._verify()
+        except UnsupportedModelError:
+            self.release()
+            raise
+
+    # -- making one --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path,
+        *,
+        dtype: str = "float32",
+        device: str = "auto",
+        revision: str | None = None,
+        quantization: str | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> Self:
+        """Load a model and its tokenizer from a directory or the hub.
+
+        Args:
+            name_or_path: Directory or hub name.
+            dtype: ``float32``, ``bfloat16`` or ``float16``. The prompt itself is always trained in float32.
+            device: ``auto`` (CUDA if there is any), ``cpu``, ``cuda``, ``cuda:1``, ...
+            revision: Commit or tag on the hub.
+            quantization: Only ``None`` in this version.
+            gradient_checkpointing: Recompute activations in the backward pass to save memory.
+
+        Raises:
+            DataNotFoundError: There is no such model.
+            ConfigError: An option is unknown.
+            UnsupportedModelError: The model cannot be steered correctly.
+        """
+        if dtype not in _DTYPES:
+            raise ConfigError(f"unknown dtype '{dtype}': {nearest(dtype, _DTYPES)}")
+        if quantization is not None:
+            raise ConfigError(f"quantization '{quantization}' is not offered by this version; leave it out (null)")
+        place = _device(device)
+        try:
+            # low-level loaders raise OSError for a missing directory, a missing file and an unreachable hub alike
+            model = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=_DTYPES[dtype], revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), revision=revision)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataNotFoundError(
+                f"model '{name_or_path}' cannot be loaded: {reason}; give a directory that holds a transformers model, "
+                "a hub name, or 'bundled'"
+            ) from error
+        except ValueError as error:
+            raise UnsupportedModelError(f"'{name_or_path}' is no causal language model: {error}") from error
+        frozen = cls(model.to(place), tokenizer, name=str(name_or_path))
+        if gradient_checkpointing:
+            frozen.enable_gradient_checkpointing()
+        return frozen
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str = "") -> Self:
+        """Freeze a model that is already in memory."""
+        return cls(model, tokenizer, name=name)
+
+    def freeze(self) -> None:
+        """Switch gradients and dropout off."""
+        self.model.requires_grad_(False)
+        self.model.eval()
+
+    def release(self) -> PreTrainedModel:
+        """Give the model back as it was handed in (its attention implementation included)."""
+        self.model.set_attn_implementation(self._former_attention)
+        return self.model
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each layer's activations in the backward pass.
+
+        transformers checkpoints only modules in training mode, which also switches dropout on: so every dropout is set to
+        zero first. The results stay those of eval mode.
+        """
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            for name in _DROPOUT_FIELDS:
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._checkpointing = True
+
+    # -- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights lie."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its weights."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers in its weights, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the token that ends a text."""
+        ids = self.tokenizer.eos_token_id
+        if ids is None:
+            raise UnsupportedModelError(f"the tokenizer of '{self.name}' has no end-of-text token; set tokenizer.eos_token")
+        return int(ids)
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills up short rows; nobody ever attends to it, so any id serves where the tokenizer has none."""
+        return int(self.tokenizer.pad_token_id) if self.tokenizer.pad_token_id is not None else self.eos_id
+
+    @cached_property
+    def bos_ids(self) -> tuple[int, ...]:
+        """What the tokenizer itself puts in front of every text (Llama, Gemma: one token; GPT-2: nothing)."""
+        plain = self.tokenizer("a", add_special_tokens=False).input_ids
+        marked = self.tokenizer("a").input_ids
+        start = next((i for i in range(len(marked)) if marked[i : i + len(plain)] == plain), 0)
+        return tuple(marked[:start])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of config and weights, 16 hex digits.
+
+        Weights are hashed as bfloat16, so that a model has one fingerprint whether it is loaded in float32 or bfloat16.
+        """
+        config = {k: v for k, v in self.model.config.to_dict().items() if k not in _VOLATILE}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        tensors = sorted(self.model.named_parameters(), key=lambda item: item[0])
+        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+            for (name, tensor), part in zip(tensors, pool.map(_tensor_digest, (t for _, t in tensors)), strict=True):
+                digest.update(f"{name}{tuple(tensor.shape)}".encode())
+                digest.update(part)
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Identity of the tokenizer: its vocabulary and what it makes of a few texts, 16 hex digits."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        samples = ["The quick brown fox", " 1984: naïve café,\n\ttabs", "name : Blue Spice | area : city centre", "日本語 🙂"]
+        digest = hashlib.sha256(json.dumps(vocabulary).encode())
+        digest.update(json.dumps([self.tokenizer(sample).input_ids for sample in samples]).encode())
+        return digest.hexdigest()[:16]
+
+    # -- what it does ------------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text`` without special tokens."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def tokenize_words(self, text: str) -> list[int]:
+        """Token ids of ``text`` as it would stand inside a sentence.
+
+        Byte-level vocabularies hold a word with the space in front of it; SentencePiece adds that space by itself.
+        """
+        adds_space = str(self.tokenizer.convert_ids_to_tokens(self.tokenize("a"))[0]).startswith("▁")
+        return self.tokenize(text.strip() if adds_space else f" {text.strip()}")
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """Input embeddings ``[len(ids), D]``, computed by the model's own module (some families scale inside it)."""
+        with torch.no_grad():
+            embeddings: Tensor = self.model.get_input_embeddings()(torch.as_tensor(list(ids), device=self.device)[None])[0]
+        return embeddings.clone()
+
+    def common_ids(self, count: int) -> list[int]:
+        """The ``count`` most common token ids, most common first.
+
+        Vocabularies are made by merging the most frequent pairs first, so the order of ids is about that of frequency
+        (the reading of Lester et al. 2021, section 3.2). Special tokens and pieces that are no text are left out.
+        """
+        special = set(self.tokenizer.all_special_ids)
+        limit = min(self.geometry.vocab_size, len(self.tokenizer))
+        ids: list[int] = []
+        for token in range(limit):
+            if token not in special and _is_text(self.tokenizer.decode([token])):
+                ids.append(token)
+            if len(ids) == count:
+                break
+        return ids
+
+    def activations(self, embeddings_PD: Tensor) -> Mapping[LayerKey, tuple[Tensor, Tensor]]:
+        """Keys and values that embeddings at the start of a text evoke in every layer.
+
+        Gradients flow into ``embeddings_PD``. In a causal model what follows cannot change these states, which is why a
+        leading prompt is run once, at batch 1, and not once per row.
+
+        Args:
+            embeddings_PD: ``[P, D]``.
+
+        Returns:
+            Per layer ``(keys [N, P, H], values [N, P, H])``.
+        """
+        captured: dict[LayerKey, tuple[Tensor, Tensor]] = {}
+        length = embeddings_PD.shape[0]
+        self.hidden_states(
+            inputs_embeds=embeddings_PD.to(self.dtype)[None],
+            attention_mask=torch.ones(1, length, dtype=torch.long, device=self.device),
+            position_ids=torch.arange(length, device=self.device)[None],
+            steering=Steering(self.layer_of, captured=captured),
+        )
+        return {layer: (keys[0], values[0]) for layer, (keys, values) in captured.items()}
+
+    def hidden_states(self, *, steering: Steering, **inputs: Any) -> Tensor:
+        """Run the model without its head.
+
+        Args:
+            steering: Prompts for the attention.
+            **inputs: ``input_ids`` or ``inputs_embeds``, ``attention_mask``, ``position_ids``, ``past_key_values``.
+
+        Returns:
+            Last hidden states ``[B, T, D]``, normalized as the head expects them.
+        """
+        inputs.setdefault("use_cache", inputs.get("past_key_values") is not None)
+        checkpointing = self._checkpointing and torch.is_grad_enabled()
+        if self.model.training != checkpointing:  # transformers checkpoints in training mode only, and drops the cache then
+            self.model.train(checkpointing)
+        states: Tensor = self.model.base_model(steering=steering, **inputs).last_hidden_state
+        return states
+
+    def head(self, hidden_MD: Tensor) -> Tensor:
+        """Logits ``[M, V]`` in float32 from hidden states at any positions."""
+        logits: Tensor = self.model.get_output_embeddings()(hidden_MD).float()
+        return logits
+
+    def _verify(self) -> None:
+        """Refuse a model that the seam does not reproduce: a prefix of a text's activations must stand for that text."""
+        generator = torch.Generator().manual_seed(0)
+        high = min(self.geometry.vocab_size, len(self.tokenizer))
+        ids = torch.randint(high, (1, 6), generator=generator).to(self.device)
+        with torch.no_grad():
+            whole = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, 3:].float()
+            prefix = self.activations(self.embed(ids[0, :3].tolist()))
+            steering = Steering(self.layer_of, {layer: (k[None], v[None]) for layer, (k, v) in prefix.items()})
+            hidden = self.hidden_states(
+                input_ids=ids[:, 3:],
+                attention_mask=torch.ones_like(ids[:, 3:]),
+                position_ids=torch.arange(3, 6, device=self.device)[None],
+                steering=steering,
+            )
+            steered = self.head(hidden[0])
+        difference = float((steered - whole).abs().max() / whole.std().clamp(min=1e-6))
+        allowed = 1e-3 if self.dtype == torch.float32 else 0.3
+        if not difference <= allowed:
+            raise UnsupportedModelError(
+                f"'{self.geometry.family}' behind a prefix made of a text's own activations gives other logits than behind "
+                f"the text (difference {difference:.2g} standard deviations, allowed {allowed}); it is refused"
+            )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device '{name}'; expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device '{name}' asked for, but this torch sees no CUDA device; use device: cpu")
+    return device
+
+
+def _is_text(piece: str) -> bool:
+    return bool(piece.strip()) and "�" not in piece
+
+
+def _tensor_digest(tensor: Tensor) -> bytes:
+    plain = tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+    return hashlib.sha256(plain.numpy().tobytes() if plain.ndim == 0 else memoryview(plain.numpy())).digest()

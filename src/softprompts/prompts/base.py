@@ -1,0 +1,70 @@
+"""What every soft prompt is: a table of numbers, one row per position, and how the table becomes states.
+
+Kind of prompt, reparametrization and initializer are separate axes. A prompt owns one *parametrization*, a module that
+yields the table ``[P, W]``; what a row of the table means is the prompt's kind.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Self
+
+from torch import Tensor, nn
+
+from softprompts.prompts.reparam import Direct
+from softprompts.types import Geometry, PromptStates
+
+__all__ = ["SoftPrompt"]
+
+
+class SoftPrompt(nn.Module, abc.ABC):
+    """A learned prompt for a frozen model of one geometry.
+
+    Args:
+        geometry: Shapes of the model that it is for.
+        parametrization: Module whose ``forward()`` gives the table ``[P, W]``; its parameters are what is trained.
+
+    Attributes:
+        kind: ``"embedding"`` or ``"prefix"``.
+    """
+
+    kind: str
+
+    def __init__(self, geometry: Geometry, parametrization: nn.Module, length: int) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.parametrization = parametrization
+        self.length = length
+
+    @staticmethod
+    @abc.abstractmethod
+    def row_width(geometry: Geometry) -> int:
+        """W: numbers per position of this kind of prompt."""
+
+    @abc.abstractmethod
+    def forward(self) -> PromptStates:
+        """Return the states with gradient, unbatched, the reparametrization applied (once per step)."""
+
+    def table(self) -> Tensor:
+        """Return the table ``[P, W]`` with gradient."""
+        table_PW: Tensor = self.parametrization()
+        return table_PW
+
+    @property
+    def table_PW(self) -> Tensor:
+        """The folded table: a detached copy of what :meth:`table` gives now."""
+        return self.table().detach().clone()
+
+    def fold(self) -> Self:
+        """Drop the reparametrization: the same prompt with its table as the only parameter."""
+        return type(self)(self.geometry, Direct(self.table_PW), self.length)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Numbers that the optimizer changes (the reparametrization included)."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+    @property
+    def stored_parameters(self) -> int:
+        """Numbers that are kept once training is over: P x W."""
+        return self.length * self.row_width(self.geometry)

@@ -1,0 +1,175 @@
+"""Initializers: what a prompt starts from.
+
+Word-based initializers yield embeddings ``[P, D]``. An embedding prompt starts there; a prefix starts at the keys and
+values that these embeddings evoke in the frozen model (Li & Liang 2021, section 7.4; Lester et al. 2021, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from softprompts.config import InitConfig, PromptConfig
+from softprompts.errors import ConfigError, LengthError
+from softprompts.prompts.base import SoftPrompt
+from softprompts.prompts.embedding import EmbeddingPrompt
+from softprompts.prompts.prefix import PrefixPrompt, flatten_states
+from softprompts.prompts.reparam import Direct, build_parametrization
+from softprompts.registry import Registry
+from softprompts.types import Geometry, TextEmbedder
+
+__all__ = ["INITIALIZERS", "KINDS", "build_prompt", "initial_table", "prompt_from_table", "prompt_length"]
+
+KINDS: dict[str, type[SoftPrompt]] = {"embedding": EmbeddingPrompt, "prefix": PrefixPrompt}
+"""Kinds of prompt by the name that recipes and artifacts use."""
+
+Initializer = Callable[[InitConfig, int, TextEmbedder, torch.Generator], Tensor]
+INITIALIZERS: Registry[Initializer] = Registry("initializer")
+"""Word-based initializers: ``(config, length, frozen, generator) -> embeddings [P, D]``."""
+
+
+@INITIALIZERS.register("vocabulary")
+def _vocabulary(config: InitConfig, length: int, frozen: TextEmbedder, generator: torch.Generator) -> Tensor:
+    """Embeddings of tokens sampled from the most common ones, without replacement while there are enough."""
+    ids = torch.tensor(frozen.common_ids(config.population))
+    if length <= len(ids):
+        chosen = ids[torch.randperm(len(ids), generator=generator)[:length]]
+    else:
+        chosen = ids[torch.randint(len(ids), (length,), generator=generator)]
+    return frozen.embed(chosen.tolist())
+
+
+@INITIALIZERS.register("labels")
+def _labels(config: InitConfig, length: int, frozen: TextEmbedder, generator: torch.Generator) -> Tensor:
+    """Mean of the sub-word embeddings of each class word; what is left over comes from the vocabulary."""
+    if not config.labels:
+        raise ConfigError("initializer 'labels' needs initializer.labels, the list of class words")
+    if len(config.labels) > length:
+        raise LengthError(f"{len(config.labels)} class words do not fit into a prompt of length {length}; raise prompt.length")
+    embeddings_PD = _vocabulary(config, length, frozen, generator)
+    for position, label in enumerate(config.labels):
+        embeddings_PD[position] = frozen.embed(frozen.tokenize_words(label)).mean(dim=0)
+    return embeddings_PD
+
+
+@INITIALIZERS.register("text")
+def _text(config: InitConfig, length: int, frozen: TextEmbedder, generator: torch.Generator) -> Tensor:
+    """Embeddings of the words, repeated or cut to the prompt's length."""
+    ids = _text_ids(config, frozen)
+    start = list(frozen.bos_ids)
+    words = ids[len(start) :]
+    repeated = start + words * (length // len(words) + 1)
+    return frozen.embed(repeated[:length])
+
+
+def _text_ids(config: InitConfig, frozen: TextEmbedder) -> list[int]:
+    """Tokens of the initial text, behind what the tokenizer puts in front of every text (the attention's resting place)."""
+    words = frozen.tokenize_words(config.text) if config.text else []
+    if not words:
+        raise ConfigError("initializer 'text' needs initializer.text, some words that describe the task")
+    return [*frozen.bos_ids, *words]
+
+
+def prompt_length(config: PromptConfig, frozen: TextEmbedder) -> int:
+    """Resolve P: the recipe's, or the number of tokens of the initial text.
+
+    Raises:
+        ConfigError: No length is given and none follows from the initializer, or it is not positive.
+    """
+    if config.length is None:
+        if config.initializer.name != "text":
+            raise ConfigError("prompt.length is missing; only the initializer 'text' brings a length of its own")
+        return len(_text_ids(config.initializer, frozen))
+    if config.length < 1:
+        raise ConfigError(f"prompt.length is {config.length}, expected at least 1")
+    limit = frozen.geometry.max_positions
+    if limit is not None and config.length >= limit:
+        raise LengthError(f"a prompt of length {config.length} leaves no room in a context of {limit} positions")
+    return config.length
+
+
+def initial_table(
+    kind: str,
+    config: InitConfig,
+    length: int,
+    frozen: TextEmbedder,
+    generator: torch.Generator,
+    source: SoftPrompt | None = None,
+) -> Tensor:
+    """Return the table ``[P, W]`` that a prompt of this kind starts from.
+
+    Args:
+        kind: ``"embedding"`` or ``"prefix"``.
+        config: Which initializer.
+        length: P.
+        frozen: The model that the prompt is for.
+        generator: CPU generator; the same seed gives the same start.
+        source: For the initializer ``prompt``: the prompt to start from.
+
+    Raises:
+        ConfigError: The initializer lacks something, or the source is of another kind.
+        LengthError: Labels or source do not fit the length.
+    """
+    geometry = frozen.geometry
+    row_width = KINDS[kind].row_width(geometry)
+    if config.name == "uniform":
+        return (torch.rand(length, row_width, generator=generator) * 2 - 1) * config.scale
+    if config.name == "prompt":
+        return _from_source(kind, length, frozen, source)
+    embeddings_PD = INITIALIZERS.get(config.name)(config, length, frozen, generator)
+    return _as_table(kind, embeddings_PD, frozen)
+
+
+def _as_table(kind: str, embeddings_PD: Tensor, frozen: TextEmbedder) -> Tensor:
+    if kind == "embedding":
+        return embeddings_PD.float()
+    with torch.no_grad():
+        return flatten_states(frozen.geometry, frozen.activations(embeddings_PD))
+
+
+def _from_source(kind: str, length: int, frozen: TextEmbedder, source: SoftPrompt | None) -> Tensor:
+    if source is None:
+        raise ConfigError("initializer 'prompt' needs initializer.prompt, the directory of a saved prompt")
+    if source.length != length:
+        raise LengthError(
+            f"the prompt to start from has length {source.length}, this one {length}; set prompt.length={source.length}"
+        )
+    if source.kind == kind:
+        return source.table_PW
+    if kind == "prefix":
+        return _as_table(kind, source.table_PW, frozen)
+    raise ConfigError("a prefix cannot be turned back into embeddings; start an embedding prompt from an embedding prompt")
+
+
+def build_prompt(
+    config: PromptConfig, frozen: TextEmbedder, *, seed: int, source: SoftPrompt | None = None
+) -> SoftPrompt:
+    """Make the prompt that a recipe asks for, ready to be trained.
+
+    Args:
+        config: Kind, length, reparametrization and initializer.
+        frozen: The model that it is for.
+        seed: Fixes the initializer and the reparametrization; nothing else of the program's random state is touched.
+        source: For the initializer ``prompt``: the prompt to start from.
+    """
+    length = prompt_length(config, frozen)
+    generator = torch.Generator().manual_seed(seed)
+    start_PW = initial_table(config.kind, config.initializer, length, frozen, generator, source)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parametrization = build_parametrization(config.reparametrization, start_PW, frozen.geometry.width)
+    return KINDS[config.kind](frozen.geometry, parametrization, length)
+
+
+def prompt_from_table(kind: str, geometry: Geometry, table_PW: Tensor) -> SoftPrompt:
+    """Make a folded prompt from its table ``[P, W]``.
+
+    Raises:
+        LengthError: The table's width is not what this kind of prompt has in this geometry.
+    """
+    expected = KINDS[kind].row_width(geometry)
+    if table_PW.ndim != 2 or table_PW.shape[1] != expected:
+        raise LengthError(f"a table of shape {tuple(table_PW.shape)} is no {kind} prompt, expected [P, {expected}]")
+    return KINDS[kind](geometry, Direct(table_PW), table_PW.shape[0])

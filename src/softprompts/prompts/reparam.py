@@ -1,0 +1,141 @@
+"""Reparametrizations: how a prompt's table is computed from trained parameters while training goes on.
+
+``none`` trains the table itself. ``mlp`` is the paper's: index embedding -> Linear -> tanh -> Linear (Li & Liang 2021,
+section 4.3; hidden size 512 for table-to-text, 800 for summarization). ``residual`` adds such an MLP, with an output layer
+that starts at zero, to a trained start table: step 0 is exactly the initializer's prompt, for any length.
+
+The papers leave open how an ``mlp`` prefix starts from real activations. Two ways: ``closed_form`` solves the last layer
+by least squares (exact while P <= hidden size), ``regression`` is the original code's (500 Adam steps on the squared
+error, the index embedding left as it is).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from softprompts.config import ReparamConfig
+from softprompts.errors import ConfigError
+
+__all__ = ["Direct", "Mlp", "Residual", "build_parametrization"]
+
+
+class Direct(nn.Module):
+    """The table is the parameter.
+
+    Args:
+        start_PW: Initial values, copied.
+    """
+
+    def __init__(self, start_PW: Tensor) -> None:
+        super().__init__()
+        self.table_PW = nn.Parameter(start_PW.detach().clone().float())
+
+    def forward(self) -> Tensor:
+        """Return the table ``[P, W]``."""
+        return self.table_PW
+
+
+class Mlp(nn.Module):
+    """Index embedding, Linear, tanh, Linear.
+
+    Args:
+        length: P.
+        width: D, size of the index embedding (the official code takes the model's own width).
+        hidden_size: Units of the tanh layer.
+        row_width: W, numbers per row of the table.
+    """
+
+    def __init__(self, length: int, width: int, hidden_size: int, row_width: int) -> None:
+        super().__init__()
+        self.index_PD = nn.Parameter(torch.randn(length, width))
+        self.inner = nn.Linear(width, hidden_size)
+        self.outer = nn.Linear(hidden_size, row_width)
+
+    def hidden(self) -> Tensor:
+        """Return the tanh layer's output ``[P, hidden]``."""
+        return torch.tanh(self.inner(self.index_PD))
+
+    def forward(self) -> Tensor:
+        """Return the table ``[P, W]``."""
+        table_PW: Tensor = self.outer(self.hidden())
+        return table_PW
+
+    @torch.no_grad()
+    def solve(self, target_PW: Tensor) -> None:
+        """Set the last layer so that the table is ``target_PW`` (least squares of least norm).
+
+        Raises:
+            ConfigError: There are more positions than hidden units, so no exact solution exists.
+        """
+        length, hidden_size = target_PW.shape[0], self.inner.out_features
+        if length > hidden_size:
+            raise ConfigError(
+                f"closed_form starts an MLP exactly only while the prompt's length ({length}) is at most its hidden size "
+                f"({hidden_size}); raise hidden_size or take reparametrization 'residual'"
+            )
+        mean_W = target_PW.double().mean(dim=0)
+        hidden_PM = self.hidden().double()
+        weight_MW = torch.linalg.lstsq(hidden_PM, target_PW.double() - mean_W, driver="gelsd").solution
+        self.outer.weight.copy_(weight_MW.T)
+        self.outer.bias.copy_(mean_W)
+
+    def regress(self, target_PW: Tensor, steps: int, learning_rate: float) -> float:
+        """Move both layers towards ``target_PW`` by Adam on the mean squared error; return the last error.
+
+        The index embedding is left at its random start, as in the official low-data code.
+        """
+        parameters = [*self.inner.parameters(), *self.outer.parameters()]
+        optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+        error = torch.zeros(())
+        for _ in range(steps):
+            optimizer.zero_grad()
+            error = nn.functional.mse_loss(self(), target_PW)
+            error.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        optimizer.zero_grad()
+        self.index_PD.grad = None
+        return float(error)
+
+
+class Residual(nn.Module):
+    """A trained start table plus an MLP whose output starts at zero.
+
+    Args:
+        start_PW: Initial table; what step 0 yields exactly.
+        width: D, size of the MLP's index embedding.
+        hidden_size: Units of the tanh layer.
+    """
+
+    def __init__(self, start_PW: Tensor, width: int, hidden_size: int) -> None:
+        super().__init__()
+        self.start_PW = nn.Parameter(start_PW.detach().clone().float())
+        self.mlp = Mlp(start_PW.shape[0], width, hidden_size, start_PW.shape[1])
+        nn.init.zeros_(self.mlp.outer.weight)
+        nn.init.zeros_(self.mlp.outer.bias)
+
+    def forward(self) -> Tensor:
+        """Return the table ``[P, W]``."""
+        table_PW: Tensor = self.start_PW + self.mlp()
+        return table_PW
+
+
+def build_parametrization(config: ReparamConfig, start_PW: Tensor, width: int) -> nn.Module:
+    """Make the parametrization that a recipe asks for.
+
+    Args:
+        config: Which one.
+        start_PW: The initializer's table.
+        width: D of the model.
+    """
+    length, row_width = start_PW.shape
+    if config.name == "none":
+        return Direct(start_PW)
+    if config.name == "residual":
+        return Residual(start_PW, width, config.hidden_size).to(start_PW.device)
+    mlp = Mlp(length, width, config.hidden_size, row_width).to(start_PW.device)
+    if config.start == "closed_form":
+        mlp.solve(start_PW.float())
+    elif config.start == "regression":
+        mlp.regress(start_PW.float(), config.regression_steps, config.regression_learning_rate)
+    return mlp
