@@ -1,0 +1,108 @@
+"""Does a saved prompt belong to this model? If not, in what do they differ?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from softprompts.errors import PromptMismatchError
+from softprompts.storage.manifest import PromptInfo
+from softprompts.types import Geometry
+
+__all__ = ["IdentifiedModel", "matched_geometry"]
+
+
+class IdentifiedModel(Protocol):
+    """What storage needs to know of a frozen model (``models.frozen.FrozenLM`` has it all)."""
+
+    @property
+    def name(self) -> str:
+        """Hugging Face name or path."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the weights."""
+        ...
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Digest of the tokenizer."""
+        ...
+
+    @property
+    def geometry(self) -> Geometry:
+        """Shapes of the model."""
+        ...
+
+
+def matched_geometry(info: PromptInfo, frozen: IdentifiedModel, *, path: Path, allow_other_model: bool) -> Geometry:
+    """Check that a prompt was made for a model.
+
+    Args:
+        info: What is known of the prompt.
+        frozen: The model that shall carry it.
+        path: Where the prompt lies, for the message.
+        allow_other_model: Accept another model, as long as the shapes fit this kind of prompt.
+
+    Returns:
+        The geometry of ``frozen``: on another model of fitting shapes the prompt takes, for example, its windows.
+
+    Raises:
+        PromptMismatchError: It was made for another model; the message says in what they differ.
+    """
+    unfit, other = _differences(info, frozen)
+    if unfit or (other and not allow_other_model):
+        remedy = "" if unfit else "; pass allow_other_model=True to use it all the same"
+        raise PromptMismatchError(
+            f"the prompt in '{path}' was made for '{info.model.name}', not for '{frozen.name}': "
+            f"{'; '.join([*unfit, *other])}; load the model it was made for, or train one for this model{remedy}"
+        )
+    return frozen.geometry
+
+
+def _differences(info: PromptInfo, frozen: IdentifiedModel) -> tuple[list[str], list[str]]:
+    """What makes the prompt unfit for the model, and what merely makes it another model."""
+    saved, offered = info.geometry, frozen.geometry
+    unfit: list[str] = []
+    other: list[str] = []
+    if saved.family != offered.family:
+        other.append(f"family {saved.family}, this model {offered.family}")
+    if saved.width != offered.width:
+        (unfit if info.kind == "embedding" else other).append(f"width {saved.width}, this model {offered.width}")
+    layers = unfit if info.kind == "prefix" else other
+    if [site.key for site in saved.sites] != [site.key for site in offered.sites]:
+        layers.append(f"{_describe_layers(saved)}, this model {_describe_layers(offered)}")
+    else:
+        for one, two in zip(saved.sites, offered.sites, strict=True):
+            heads = [(site.kv_heads, site.key_size, site.value_size) for site in (one, two)]
+            if heads[0] != heads[1]:
+                # All layers usually differ in the same way: the first one says it.
+                layers.append(f"{_describe_heads(one.key, heads[0])}, this model {_describe_heads(None, heads[1])}")
+                break
+        windows = [(one, two) for one, two in zip(saved.sites, offered.sites, strict=True) if one.window != two.window]
+        if windows:
+            one, two = windows[0]
+            other.append(f"window {one.window} in layer {one.key.site}.{one.key.layer}, this model {two.window}")
+    for name in ("vocab_size", "max_positions"):
+        if getattr(saved, name) != getattr(offered, name):
+            other.append(f"{name} {getattr(saved, name)}, this model {getattr(offered, name)}")
+    if info.model.fingerprint != frozen.fingerprint and not unfit and not other:
+        other.append("same shape, other weights (another checkpoint, or one that was fine-tuned)")
+    if info.model.tokenizer_fingerprint != frozen.tokenizer_fingerprint:
+        other.append("another tokenizer")
+    return unfit, other
+
+
+def _describe_layers(geometry: Geometry) -> str:
+    counts: dict[str, int] = {}
+    for site in geometry.sites:
+        counts[site.key.site] = counts.get(site.key.site, 0) + 1
+    return " + ".join(f"{count} {site}" for site, count in counts.items()) + " layers" if counts else "no layers"
+
+
+def _describe_heads(key: tuple[str, int] | None, heads: tuple[int, int, int]) -> str:
+    where = f" in layer {key[0]}.{key[1]}" if key else ""
+    count, key_size, value_size = heads
+    sizes = f"{key_size}" if key_size == value_size else f"{key_size} (keys) and {value_size} (values)"
+    return f"{count} KV heads of size {sizes}{where}"
