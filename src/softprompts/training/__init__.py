@@ -1,0 +1,37 @@
+"""Training: an objective, a loop that knows nothing of it, and checkpoints that lose nothing.
+
+``fit(objective, batches, config, ...)`` trains. :class:`PromptObjective` is the objective of soft prompts; any other
+object with the four methods of :class:`Objective` is trained alike.
+"""
+
+from softprompts.training.checkpoint import TrainState
+from softprompts.training.events import TIMING_FIELDS, Event, read_events
+from softprompts.training.loop import FitResult, Selection, fit
+from softprompts.training.objective import (
+    Objective,
+    PromptObjective,
+    StepLoss,
+    batch_loss,
+    mean_loss,
+    without_prompts,
+)
+from softprompts.training.optim import Adafactor, build_optimizer, build_schedule
+
+__all__ = [
+    "TIMING_FIELDS",
+    "Adafactor",
+    "Event",
+    "FitResult",
+    "Objective",
+    "PromptObjective",
+    "Selection",
+    "StepLoss",
+    "TrainState",
+    "batch_loss",
+    "build_optimizer",
+    "build_schedule",
+    "fit",
+    "mean_loss",
+    "read_events",
+    "without_prompts",
+]
