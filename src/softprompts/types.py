@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, device
 
 __all__ = [
     "Batch",
@@ -152,6 +152,11 @@ class Batch:
     def rows(self) -> int:
         """B."""
         return int(self.ids_BT.shape[0])
+
+    def to(self, device: device) -> Batch:
+        """Return the same batch on another device."""
+        labels = None if self.labels_BT is None else self.labels_BT.to(device)
+        return Batch(self.ids_BT.to(device), self.mask_BT.to(device), labels, self.prompt_of_row_B.to(device))
 
 
 @dataclass(frozen=True)
