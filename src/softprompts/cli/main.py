@@ -24,8 +24,8 @@ from softprompts.errors import SoftPromptsError, TrainingInterrupted
 
 __all__ = ["VERBS", "Verb", "build_app", "main", "verb_function"]
 
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
+_EXIT_USER_ERROR = 2
+_EXIT_INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
 
 
@@ -123,10 +123,10 @@ def _guarded(function: Callable[..., Any], session: _Session) -> Callable[..., N
         try:
             function(*args, **kwargs)
         except SoftPromptsError as error:
-            code = EXIT_INTERRUPTED if isinstance(error, TrainingInterrupted) else EXIT_USER_ERROR
+            code = _EXIT_INTERRUPTED if isinstance(error, TrainingInterrupted) else _EXIT_USER_ERROR
             _fail(error, "interrupted" if isinstance(error, TrainingInterrupted) else "error", code, session)
         except KeyboardInterrupt as error:
-            _fail(error, "interrupted", EXIT_INTERRUPTED, session)
+            _fail(error, "interrupted", _EXIT_INTERRUPTED, session)
 
     return run
 
