@@ -22,7 +22,15 @@ from softprompts.types import Geometry, LayerKey
 __all__ = ["FrozenLM"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation")
+_VOLATILE = (
+    "_attn_implementation",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
 _DROPOUT_FIELDS = ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "hidden_dropout")
 
 
@@ -129,7 +137,7 @@ class FrozenLM:
             for name in _DROPOUT_FIELDS:
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self._checkpointing = True
 
     # -- what it is --------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class Mlp(nn.Module):
             optimizer.step()
         optimizer.zero_grad()
         self.index_PD.grad = None
-        return float(error)
+        return float(error.detach())
 
 
 class Residual(nn.Module):

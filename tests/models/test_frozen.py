@@ -1,0 +1,182 @@
+"""The frozen model: refused or right, identified, untouched."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import SIZES, ZOO, byte_tokenizer, tiny_model
+
+from softprompts.errors import ConfigError, DataNotFoundError, LengthError, PromptMismatchError, UnsupportedModelError
+from softprompts.models import FrozenLM
+from softprompts.prompted import PromptedLM
+from softprompts.prompts import prompt_from_table
+from softprompts.types import Batch
+
+
+def batch_of(ids: list[int]) -> Batch:
+    ids_BT = torch.tensor([ids])
+    labels = ids_BT.clone()
+    labels[:, 0] = -100
+    return Batch(ids_BT, torch.ones_like(ids_BT), labels, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("family", sorted(ZOO))
+def test_gradient_checkpointing_changes_nothing(family: str) -> None:
+    plain = FrozenLM.from_model(tiny_model(family), byte_tokenizer())
+    saving = FrozenLM.from_model(tiny_model(family), byte_tokenizer())
+    saving.enable_gradient_checkpointing()
+    batch = batch_of(list(range(30, 60)))
+    for kind in ("embedding", "prefix"):
+        width = plain.geometry.width if kind == "embedding" else plain.geometry.prefix_width
+        table = torch.randn(6, width, generator=torch.Generator().manual_seed(1))
+        results = []
+        for frozen in (plain, saving):
+            prompt = prompt_from_table(kind, frozen.geometry, table)
+            logits = PromptedLM(frozen, [prompt]).label_logits(batch)
+            loss = torch.nn.functional.cross_entropy(logits.logits_MV, logits.labels_M)
+            loss.backward()
+            results.append((loss.detach(), prompt.table().grad, [p.grad for p in prompt.parameters()][0]))
+        torch.testing.assert_close(results[0][0], results[1][0])
+        torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-5, atol=1e-7)
+    assert saving.model.is_activation_checkpointing
+
+
+def test_gradient_checkpointing_really_recomputes() -> None:
+    frozen = FrozenLM.from_model(tiny_model("llama"), byte_tokenizer())
+    frozen.enable_gradient_checkpointing()
+    layer, calls = frozen.model.model.layers[0].mlp, []
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))  # recomputation may stop before a module ends
+    prompt = prompt_from_table("prefix", frozen.geometry, torch.randn(3, frozen.geometry.prefix_width))
+    logits = PromptedLM(frozen, [prompt]).label_logits(batch_of([1, 2, 3]))
+    assert len(calls) == 1
+    logits.logits_MV.sum().backward()
+    assert len(calls) == 2
+    # and decoding under no_grad still has its cache
+    first, state = PromptedLM(frozen, [prompt]).start(batch_of([1, 2, 3]))
+    assert state.cache.get_seq_length() == 3
+    assert torch.isfinite(first).all()
+
+
+def test_fingerprint_knows_the_weights_and_not_the_precision() -> None:
+    one, same = (FrozenLM.from_model(tiny_model("llama"), byte_tokenizer()) for _ in range(2))
+    other = FrozenLM.from_model(tiny_model("llama", seed=1), byte_tokenizer())
+    half = FrozenLM.from_model(tiny_model("llama").to(torch.bfloat16), byte_tokenizer())
+    assert one.fingerprint == same.fingerprint == half.fingerprint
+    assert one.fingerprint != other.fingerprint
+    nudged = tiny_model("llama")
+    with torch.no_grad():
+        nudged.model.layers[1].mlp.up_proj.weight[3, 4] += 0.01
+    assert FrozenLM.from_model(nudged, byte_tokenizer()).fingerprint != one.fingerprint
+
+
+def test_fingerprint_of_100_million_parameters_takes_under_a_second() -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=768, num_hidden_layers=8, num_attention_heads=12, intermediate_size=2048
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    frozen = object.__new__(FrozenLM)
+    frozen.model = model
+    assert frozen.parameter_count > 100e6
+    start = time.perf_counter()
+    assert len(frozen.fingerprint) == 16
+    assert time.perf_counter() - start < 2.0  # 0.3 s on an idle core; the bound leaves room for a busy machine
+
+
+def test_tokenizer_fingerprint() -> None:
+    model = tiny_model("llama")
+    one, same = (FrozenLM.from_model(model, byte_tokenizer()) for _ in range(2))
+    changed = byte_tokenizer()
+    changed.add_tokens(["extra"])
+    assert one.tokenizer_fingerprint == same.tokenizer_fingerprint
+    assert FrozenLM.from_model(model, changed).tokenizer_fingerprint != one.tokenizer_fingerprint
+
+
+def test_release_gives_the_model_back_as_it_was() -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation("sdpa")
+    ids = torch.tensor([[1, 2, 3]])
+    before = model(input_ids=ids).logits
+    frozen = FrozenLM.from_model(model, byte_tokenizer())
+    assert frozen.release() is model
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=4)), "interface"),
+        (lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=16)), "softcap"),
+        (lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=260, d_model=32, d_ff=32, num_layers=2, num_heads=4, d_kv=8)), "encoder-decoder"),
+    ],
+    ids=["bloom", "gemma2", "t5"],
+)
+def test_what_cannot_be_steered_is_refused(make: Callable[[], transformers.PreTrainedModel], why: str) -> None:
+    model = make()
+    before = model.config._attn_implementation
+    with pytest.raises(UnsupportedModelError, match=why):
+        FrozenLM.from_model(model, byte_tokenizer())
+    assert model.config._attn_implementation == before
+
+
+def test_a_model_that_mishandles_positions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check at load is a real one: a family that ignores position ids does not get through."""
+    model = tiny_model("gpt2")
+    forward = model.transformer.wpe.forward
+    monkeypatch.setattr(model.transformer.wpe, "forward", lambda ids: forward(ids - ids[:, :1]))
+    with pytest.raises(UnsupportedModelError, match="standard deviations"):
+        FrozenLM.from_model(model, byte_tokenizer())
+
+
+def test_load_errors_are_clear(tmp_path: Path) -> None:
+    with pytest.raises(DataNotFoundError, match="cannot be loaded"):
+        FrozenLM.load(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="did you mean 'float32'"):
+        FrozenLM.load(tmp_path, dtype="float23")
+    with pytest.raises(ConfigError, match="unknown device"):
+        FrozenLM.load(tmp_path, device="gpu9")
+    with pytest.raises(ConfigError, match="quantization"):
+        FrozenLM.load(tmp_path, quantization="int8")
+
+
+def test_load_round_trip(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded = FrozenLM.load(tmp_path)
+    assert loaded.fingerprint == FrozenLM.from_model(tiny_model("llama"), byte_tokenizer()).fingerprint
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert not loaded.model.training
+
+
+def test_prompts_of_other_models_and_unknown_rows_are_refused(tiny_frozen: Callable[[str], FrozenLM]) -> None:
+    llama, gpt2 = tiny_frozen("llama"), tiny_frozen("gpt2")
+    prompt = prompt_from_table("embedding", gpt2.geometry, torch.zeros(2, 32))
+    with pytest.raises(PromptMismatchError, match="gpt2"):
+        PromptedLM(llama, [prompt])
+    batch = batch_of([1, 2, 3])
+    with pytest.raises(PromptMismatchError, match="asks for prompt 0"):
+        PromptedLM(llama, []).label_logits(batch)
+
+
+def test_a_row_longer_than_the_context_is_refused(tiny_frozen: Callable[[str], FrozenLM]) -> None:
+    frozen = tiny_frozen("llama")
+    prompt = prompt_from_table("embedding", frozen.geometry, torch.zeros(10, 32))
+    with pytest.raises(LengthError, match="needs 260 positions"):
+        PromptedLM(frozen, [prompt]).label_logits(batch_of([1] * 250))
+
+
+def test_common_ids_leave_out_specials_and_broken_bytes(tiny_frozen: Callable[[str], FrozenLM]) -> None:
+    frozen = tiny_frozen("llama")
+    ids = frozen.common_ids(50)
+    assert len(ids) == 50
+    assert not set(ids) & {256, 257}
+    assert all(frozen.tokenizer.decode([token]).strip() for token in ids)
