@@ -1,0 +1,1 @@
+"""How good a prompt is: predictions, metrics with standard errors, reports."""

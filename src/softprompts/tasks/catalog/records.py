@@ -1,0 +1,35 @@
+"""Your own records: any file or data set, with one template for the input and one for the target."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from softprompts.config import TaskConfig
+from softprompts.errors import ConfigError
+from softprompts.tasks.formats import template_format
+from softprompts.tasks.task import Task, register
+
+__all__ = ["RECORDS"]
+
+
+def _configure(task: Task, config: TaskConfig) -> Task:
+    """Make the format from the recipe's templates; without any, the fields are called ``input`` and ``target``."""
+    if not (config.train or config.dev or config.test or task.source.splits):
+        raise ConfigError("task 'records' has no data of its own: set task.train=FILE (and task.dev, task.test)")
+    if config.format is None and config.target is None:
+        return task
+    if config.format is None or config.target is None:
+        missing = "target" if config.target is None else "format"
+        raise ConfigError(f"task.{missing} is missing: task.format and task.target are given together or not at all")
+    return replace(task, format=template_format(config.format, config.target))
+
+
+RECORDS = register(
+    Task(
+        name="records",
+        description="your own records, with templates",
+        format=template_format("{input}", "{target}"),
+        metrics=("exact_match", "rouge_l"),
+        configure=_configure,
+    )
+)

@@ -1,0 +1,165 @@
+"""From examples to batches of token ids.
+
+The segments of an example are tokenised **one by one** and joined. Tokenising the whole text at once could merge
+characters across the border between input and target, and then the tokens in front of the target would differ
+between training (target known) and generation (target unknown).
+
+Conventions: ``ids`` hold no special tokens except the end token where the format asks for it (as separator, and after
+the target of a training row). ``labels_BT[b, t]`` is the token at t for every t of the target, end token included,
+and -100 elsewhere; nobody learns to predict the input.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+
+from softprompts.errors import ConfigError, DataError, LengthError
+from softprompts.tasks.formats import END_TOKEN, Format
+from softprompts.types import Batch, Encoded, Example
+
+__all__ = ["IGNORED_LABEL", "bucketed_batches", "collate", "encode"]
+
+IGNORED_LABEL = -100
+"""Label of a position that is not learned, as in torch and transformers."""
+
+_WINDOW_BATCHES = 50
+"""Rows are sorted by length within windows of so many batches: short padding, yet batches that differ every epoch."""
+
+
+def encode(
+    example: Example,
+    format: Format,
+    tokenize: Callable[[str], list[int]],
+    *,
+    eos_id: int,
+    max_length: int,
+    on_long: Literal["error", "truncate"] = "error",
+    prompt: int = 0,
+    with_target: bool = True,
+) -> Encoded:
+    """Turn one example into token ids.
+
+    Args:
+        example: What to encode.
+        format: Its layout.
+        tokenize: Text to ids **without** special tokens (``FrozenLM.tokenize``).
+        eos_id: Id of the end token.
+        max_length: Most tokens that a row may have, the prompt not counted.
+        on_long: ``truncate`` cuts the input from its end, never the separator or the target; ``error`` refuses.
+        prompt: Index of the prompt that the row carries, -1 for none.
+        with_target: False gives input and separator only, for generation.
+
+    Returns:
+        The row; its labels are ``ids[target_start:]``.
+
+    Raises:
+        LengthError: The row is longer than ``max_length`` (with ``truncate``: even without its input).
+        DataError: The target is empty, or nothing is left to encode.
+    """
+    head: list[int] = []
+    kept: list[int] = []
+    target: list[int] = []
+    for segment in format.segments(example):
+        if segment.role in ("target", "end") and not with_target:
+            continue
+        special = segment.text == END_TOKEN and segment.role in ("separator", "end")
+        ids = [eos_id] if special else tokenize(segment.text)
+        {"input": head, "separator": kept, "target": target, "end": target}[segment.role].extend(ids)
+        if segment.role == "target" and (not ids or not example.target.strip()):
+            raise DataError(f"the target of record '{example.id}' is empty; every record needs an answer to learn from")
+    total = len(head) + len(kept) + len(target)
+    if total > max_length:
+        room = max_length - len(kept) - len(target)
+        if on_long == "error" or room < 0:
+            raise LengthError(_too_long(example, max_length, len(head), len(kept), len(target), on_long))
+        head = head[:room]
+    ids = [*head, *kept, *target]
+    if not ids:
+        raise DataError(f"record '{example.id}' gives no tokens at all; give it an input, or the format a separator")
+    return Encoded(tuple(ids), len(head) + len(kept), example, prompt)
+
+
+def _too_long(example: Example, limit: int, head: int, kept: int, target: int, on_long: str) -> str:
+    remedy = (
+        "raise task.max_length or set task.on_long=truncate to cut the input"
+        if on_long == "error"
+        else "truncation cuts the input only, and the rest does not fit: raise task.max_length"
+    )
+    return (
+        f"record '{example.id}' has {head + kept + target} tokens (input {head}, separator {kept}, target {target}), "
+        f"but at most {limit} are allowed; {remedy}"
+    )
+
+
+def collate(
+    rows: Sequence[Encoded],
+    *,
+    pad_id: int,
+    padding_side: Literal["right", "left"] = "right",
+    with_labels: bool = True,
+) -> Batch:
+    """Pad rows to one length.
+
+    Args:
+        rows: At least one.
+        pad_id: What padding is filled with; the mask is 0 there, so any id does.
+        padding_side: ``right`` for training, ``left`` for generation.
+        with_labels: False leaves the labels out.
+
+    Returns:
+        ids, mask and labels of shape [B, T] and the prompt indices [B], all int64 on the CPU.
+
+    Raises:
+        ConfigError: There are no rows.
+    """
+    if not rows:
+        raise ConfigError("a batch of no rows was asked for; give at least one")
+    length = max(len(row.ids) for row in rows)
+    ids_BT = torch.full((len(rows), length), pad_id, dtype=torch.int64)
+    mask_BT = torch.zeros_like(ids_BT)
+    labels_BT = torch.full_like(ids_BT, IGNORED_LABEL)
+    for index, row in enumerate(rows):
+        start = length - len(row.ids) if padding_side == "left" else 0
+        end = start + len(row.ids)
+        ids_BT[index, start:end] = torch.tensor(row.ids)
+        mask_BT[index, start:end] = 1
+        labels_BT[index, start + row.target_start : end] = ids_BT[index, start + row.target_start : end]
+    prompt_of_row_B = torch.tensor([row.prompt for row in rows])
+    return Batch(ids_BT, mask_BT, labels_BT if with_labels else None, prompt_of_row_B)
+
+
+def bucketed_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """Group rows of similar length into batches, in an order that depends on ``(seed, epoch)`` alone.
+
+    All indices are shuffled, cut into windows of 50 batches, sorted by length within each window and cut into
+    batches; the batches are shuffled again. Every index occurs exactly once, and all batches but one are full (the
+    remainder is one smaller batch). The same arguments give the same batches on every machine, so an epoch can be
+    resumed in its middle by its position alone.
+
+    Padding changes neither loss nor gradient of a row; bucketing changes only which rows share a batch.
+
+    Args:
+        lengths: Tokens of every row.
+        batch_size: Rows of a batch.
+        seed: Seed of the run.
+        epoch: Number of the epoch, from 0.
+
+    Raises:
+        ConfigError: ``batch_size`` is below 1.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
+    generator = random.Random(f"{seed}/{epoch}")  # a string is seeded by its SHA-512, the same everywhere
+    order = list(range(len(lengths)))
+    generator.shuffle(order)
+    window = batch_size * _WINDOW_BATCHES
+    batches = []
+    for start in range(0, len(order), window):
+        rows = sorted(order[start : start + window], key=lengths.__getitem__)
+        batches += [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
+    generator.shuffle(batches)
+    return batches
