@@ -4,8 +4,8 @@ The segments of an example are tokenised **one by one** and joined. Tokenising t
 characters across the border between input and target, and then the tokens in front of the target would differ
 between training (target known) and generation (target unknown).
 
-Conventions: ``ids`` hold no special tokens except the end token where the format asks for it (as separator, and after
-the target of a training row). ``labels_BT[b, t]`` is the token at t for every t of the target, end token included,
+Conventions: ``ids`` hold no special tokens except what the tokenizer puts in front of every text (``bos_ids``) and the end
+token where the format asks for it (as separator, and after the target of a training row). ``labels_BT[b, t]`` is the token at t for every t of the target, end token included,
 and -100 elsewhere; nobody learns to predict the input.
 """
 
@@ -40,6 +40,7 @@ def encode(
     on_long: Literal["error", "truncate"] = "error",
     prompt: int = 0,
     with_target: bool = True,
+    bos_ids: Sequence[int] = (),
 ) -> Encoded:
     """Turn one example into token ids.
 
@@ -52,6 +53,7 @@ def encode(
         on_long: ``truncate`` cuts the input from its end, never the separator or the target; ``error`` refuses.
         prompt: Index of the prompt that the row carries, -1 for none.
         with_target: False gives input and separator only, for generation.
+        bos_ids: What the tokenizer puts in front of every text (``FrozenLM.bos_ids``); never cut.
 
     Returns:
         The row; its labels are ``ids[target_start:]``.
@@ -71,16 +73,16 @@ def encode(
         {"input": head, "separator": kept, "target": target, "end": target}[segment.role].extend(ids)
         if segment.role == "target" and (not ids or not example.target.strip()):
             raise DataError(f"the target of record '{example.id}' is empty; every record needs an answer to learn from")
-    total = len(head) + len(kept) + len(target)
+    total = len(bos_ids) + len(head) + len(kept) + len(target)
     if total > max_length:
-        room = max_length - len(kept) - len(target)
+        room = max_length - len(bos_ids) - len(kept) - len(target)
         if on_long == "error" or room < 0:
-            raise LengthError(_too_long(example, max_length, len(head), len(kept), len(target), on_long))
+            raise LengthError(_too_long(example, max_length, len(bos_ids) + len(head), len(kept), len(target), on_long))
         head = head[:room]
-    ids = [*head, *kept, *target]
+    ids = [*bos_ids, *head, *kept, *target]
     if not ids:
         raise DataError(f"record '{example.id}' gives no tokens at all; give it an input, or the format a separator")
-    return Encoded(tuple(ids), len(head) + len(kept), example, prompt)
+    return Encoded(tuple(ids), len(ids) - len(target), example, prompt)
 
 
 def _too_long(example: Example, limit: int, head: int, kept: int, target: int, on_long: str) -> str:

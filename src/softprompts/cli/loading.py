@@ -1,0 +1,86 @@
+"""What several verbs load: the frozen model of a recipe, and the rows of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from softprompts.config import ModelConfig, TaskConfig
+
+if TYPE_CHECKING:
+    from softprompts.models import FrozenLM
+    from softprompts.tasks.task import Task
+    from softprompts.types import Encoded, Example
+
+__all__ = ["BUNDLED", "encode_rows", "load_frozen", "resolve_model"]
+
+BUNDLED = "bundled"
+
+
+def resolve_model(name_or_path: str) -> str:
+    """Turn ``bundled`` into the directory of the small LM that comes with this package."""
+    if name_or_path != BUNDLED:
+        return name_or_path
+    from softprompts.pretraining import bundled_lm_path
+
+    return str(bundled_lm_path())
+
+
+def load_frozen(config: ModelConfig) -> FrozenLM:
+    """Load the frozen model of a recipe.
+
+    Raises:
+        DataNotFoundError: There is no such model.
+        UnsupportedModelError: It cannot be steered correctly.
+    """
+    from softprompts.models import FrozenLM
+
+    frozen = FrozenLM.load(
+        resolve_model(config.name_or_path),
+        dtype=config.dtype,
+        device=config.device,
+        revision=config.revision,
+        quantization=config.quantization,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    # A path differs from machine to machine; what people call the model does not.
+    frozen.name = config.name_or_path if config.name_or_path == BUNDLED else Path(frozen.name).name or frozen.name
+    return frozen
+
+
+def encode_rows(
+    examples: Sequence[Example],
+    task: Task,
+    frozen: FrozenLM,
+    config: TaskConfig,
+    *,
+    prompt: int = 0,
+    with_target: bool = True,
+) -> list[Encoded]:
+    """Encode examples for a frozen model.
+
+    Args:
+        examples: Of one split.
+        task: As :meth:`Task.configured` gave it.
+        frozen: Brings the tokenizer and its special tokens.
+        config: Lengths.
+        prompt: The prompt that the rows carry, -1 for none.
+        with_target: False gives the inputs only.
+    """
+    from softprompts.tasks.encode import encode
+
+    return [
+        encode(
+            example,
+            task.format,
+            frozen.tokenize,
+            eos_id=frozen.eos_id,
+            max_length=config.max_length,
+            on_long=config.on_long,
+            prompt=prompt,
+            with_target=with_target,
+            bos_ids=frozen.bos_ids,
+        )
+        for example in examples
+    ]
