@@ -1,0 +1,175 @@
+"""The one generation path: text in, text out, every row with a prompt of its own.
+
+Schedule -> forward -> sample -> postprocess. Evaluation, validation and the command line all come through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+
+from softprompts.config import DecodingConfig
+from softprompts.errors import ConfigError, LengthError
+from softprompts.inference.beam import BeamSearch
+from softprompts.inference.sampling import (
+    Constraints,
+    Hypothesis,
+    OnePath,
+    Search,
+    banned_sequences,
+    check_decoding,
+)
+from softprompts.prompted import PromptedLM
+from softprompts.prompts import SoftPrompt
+from softprompts.tasks.encode import collate
+from softprompts.types import Encoded, PromptStates
+
+__all__ = ["Engine", "Generation"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generated output."""
+
+    ids: tuple[int, ...]
+    """Generated tokens, the end-of-sequence token left out."""
+    text: str
+    """The decoded tokens, special tokens left out, spaces kept as generated."""
+    logprob: float
+    """Sum of the model's log-probabilities of the tokens (and of the end token), before temperature and bans."""
+    finished: bool
+    """Whether the model ended the text itself (``False``: it was cut at ``max_new_tokens``)."""
+
+
+class Engine:
+    """Generates with a frozen model and the prompts attached to it.
+
+    Args:
+        prompted: The model and its prompts; a row names its prompt by index (:attr:`Encoded.prompt`, -1 for none).
+    """
+
+    def __init__(self, prompted: PromptedLM) -> None:
+        self.prompted = prompted
+        self.frozen = prompted.frozen
+
+    @torch.no_grad()
+    def generate(
+        self,
+        rows: Sequence[Encoded],
+        decoding: DecodingConfig,
+        *,
+        seed: int = 0,
+        banned_ids: Sequence[Sequence[int]] = (),
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Generation]:
+        """Generate one output per row.
+
+        The output of a row depends on the row, on ``decoding`` and, when sampling, on ``seed`` and on the row's index
+        in ``rows``; never on the rows it shares a batch with (up to rounding in the forward pass).
+
+        Args:
+            rows: Inputs; targets, where they have any, are cut off at ``target_start``.
+            decoding: Strategy, limits and bans. ``beam`` with one beam is greedy.
+            seed: For sampling.
+            banned_ids: Id sequences that are banned beside ``decoding.banned``.
+            on_progress: Called with the number of outputs that just became ready.
+
+        Returns:
+            Generations, in the order of ``rows``.
+
+        Raises:
+            ConfigError: The decoding options make no sense, or a row names a prompt that does not exist.
+            LengthError: A row is empty, or too long with its prompt and ``max_new_tokens``. Nothing has run then.
+        """
+        check_decoding(decoding)
+        self._check_rows(rows, decoding)
+        banned = [*banned_sequences(decoding.banned, self.frozen.tokenize), *map(tuple, banned_ids)]
+        states = self.prompted.states()
+        generations: dict[int, Generation] = {}
+        for batch in _schedule(rows, decoding.batch_size):
+            for index, hypothesis in self._run(rows, batch, decoding, states, seed=seed, banned=banned):
+                generations[index] = self._finish(hypothesis)
+                if on_progress is not None:
+                    on_progress(1)
+        return [generations[index] for index in range(len(rows))]
+
+    def _run(
+        self,
+        rows: Sequence[Encoded],
+        requests: list[int],
+        decoding: DecodingConfig,
+        states: list[PromptStates],
+        *,
+        seed: int,
+        banned: Sequence[Sequence[int]],
+    ) -> Iterator[tuple[int, Hypothesis]]:
+        """Decode one batch, yielding every request as soon as it is done; the batch shrinks as they leave."""
+        inputs = [_without_target(rows[request]) for request in requests]
+        batch = collate(inputs, pad_id=self.frozen.pad_id, padding_side="left", with_labels=False)
+        logits_RV, state = self.prompted.start(batch.to(self.frozen.device), states)
+        device = logits_RV.device
+        constraints = Constraints(
+            [row.ids for row in inputs],
+            banned=banned,
+            eos_id=self.frozen.eos_id,
+            min_new_tokens=decoding.min_new_tokens,
+            vocab_size=logits_RV.shape[-1],
+            device=device,
+        )
+        search = self._search(requests, decoding, seed, device)
+        if search.width > 1:
+            rows_R = torch.arange(len(requests), device=device).repeat_interleave(search.width)
+            logits_RV = logits_RV[rows_R]
+            state.select(rows_R)
+            constraints.follow(rows_R)
+        while True:
+            step = search.advance(logits_RV, constraints.forbidden(search.new_tokens))
+            yield from step.closed
+            if not len(step.tokens_R):
+                return
+            if search.width > 1 or step.closed:
+                state.select(step.parents_R)
+            constraints.follow(step.parents_R, step.tokens_R)
+            logits_RV = self.prompted.step(step.tokens_R, state)
+
+    def _search(self, requests: list[int], decoding: DecodingConfig, seed: int, device: torch.device) -> Search:
+        if decoding.strategy == "beam" and decoding.beams > 1:
+            return BeamSearch(requests, decoding, eos_id=self.frozen.eos_id, device=device)
+        return OnePath(requests, decoding, eos_id=self.frozen.eos_id, seed=seed)
+
+    def _finish(self, hypothesis: Hypothesis) -> Generation:
+        text = self.frozen.tokenizer.decode(
+            list(hypothesis.ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)  # a list of lists would give a list of texts
+        return Generation(hypothesis.ids, text, hypothesis.logprob, hypothesis.finished)
+
+    def _check_rows(self, rows: Sequence[Encoded], decoding: DecodingConfig) -> None:
+        lengths = [cast(SoftPrompt, prompt).length for prompt in self.prompted.prompts]
+        limit = self.frozen.geometry.max_positions
+        for index, row in enumerate(rows):
+            name = f"row {index}" + (f" (id '{row.example.id}')" if row.example.id else "")
+            if not -1 <= row.prompt < len(lengths):
+                raise ConfigError(f"{name} names prompt {row.prompt}, but {len(lengths)} prompts are attached")
+            if row.target_start == 0:
+                raise LengthError(f"{name} has no input tokens, so there is nothing to continue; give it some text")
+            prompt = lengths[row.prompt] if row.prompt >= 0 else 0
+            total = prompt + row.target_start + decoding.max_new_tokens
+            if limit is not None and total > limit:
+                raise LengthError(
+                    f"{name} needs {total} positions: prompt {prompt} + input {row.target_start} + max_new_tokens "
+                    f"{decoding.max_new_tokens}, but the model has {limit}; shorten the input or lower max_new_tokens"
+                )
+
+
+def _schedule(rows: Sequence[Encoded], batch_size: int) -> list[list[int]]:
+    """Group row indices by length, so that little is padded; longest first, so that too little memory shows at once."""
+    order = sorted(range(len(rows)), key=lambda index: (-rows[index].target_start, index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _without_target(row: Encoded) -> Encoded:
+    return row if row.target_start == len(row.ids) else replace(row, ids=row.ids[: row.target_start])
