@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -81,6 +81,7 @@ def save_prompt(
     recipe: Any = None,
     metrics: Mapping[str, MetricValue | float] | None = None,
     seed: int | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     overwrite: bool = False,
 ) -> Path:
     """Save what a prompt has learned, atomically: the directory appears complete or not at all.
@@ -93,6 +94,7 @@ def save_prompt(
         recipe: The resolved recipe, a config dataclass or plain data.
         metrics: Scores by name, plain numbers where there is no standard error.
         seed: Of the training; taken from ``recipe`` where it is not given.
+        dtype: What the tensors are stored as; a prompt is trained, and comes back, in float32.
         overwrite: Replace an older prompt.
 
     Returns:
@@ -108,11 +110,11 @@ def save_prompt(
             f"the prompt has the geometry {prompt.geometry}, but '{frozen.name}' has {frozen.geometry}; "
             "nothing was written; pass the model that the prompt was trained on"
         )
-    table_PW = prompt.table_PW.detach().cpu()
+    table_PW = prompt.table_PW.detach().cpu().to(_DTYPES[dtype])
     if not bool(torch.isfinite(table_PW).all()):
         raise ArtifactError(
-            f"the prompt for '{directory}' has values that are not finite, so the training diverged; nothing was "
-            "written; train with a smaller learning rate"
+            f"the prompt for '{directory}' has values that are not finite in {dtype}; nothing was written; "
+            "if the training diverged, train with a smaller learning rate"
         )
     tensors = _split(table_PW, prompt.kind, prompt.geometry)
     content = save_tensors(tensors, metadata={"format": "pt"})
@@ -120,7 +122,7 @@ def save_prompt(
     info = PromptInfo(
         kind=_kind(prompt.kind),
         length=prompt.length,
-        dtype=_dtype_name(table_PW.dtype),
+        dtype=dtype,
         parameters=ParameterCount(trained=prompt.trained_parameters, stored=table_PW.numel()),
         geometry=prompt.geometry,
         model=ModelIdentity(frozen.name, frozen.fingerprint, frozen.tokenizer_fingerprint),
@@ -295,7 +297,7 @@ def _kind(kind: str) -> Any:
     return kind
 
 
-def _dtype_name(dtype: torch.dtype) -> Any:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
