@@ -166,6 +166,10 @@ class Prediction:
     example: Example
     text: str
     logprob: float | None = None
+    """Sum of the model's log-probabilities of the generated tokens."""
+    finished: bool | None = None
+    """Whether the model ended the text itself; ``False``: it was cut at ``max_new_tokens``."""
+    new_tokens: int | None = None
 
 
 @dataclass(frozen=True)

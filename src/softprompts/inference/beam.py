@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from softprompts.config import DecodingConfig
-from softprompts.inference.sampling import NEVER, Hypothesis, Step
+from softprompts.inference.sampling import FORBIDDEN, Hypothesis, Step
 
 __all__ = ["BeamSearch"]
 
-OUT = -1e9
+_OUT = -1e9
 """Added to the score of what may not be chosen. Finite as in transformers, so that orders among such entries agree."""
 
 
@@ -47,11 +47,11 @@ class BeamSearch:
         self._requests = list(requests)
         self._decoding, self._eos_id = decoding, eos_id
         self._ids_BkL = torch.full((rows, beams, limit), eos_id, dtype=torch.long, device=device)
-        self._sums_Bk = torch.full((rows, beams), OUT, device=device)
+        self._sums_Bk = torch.full((rows, beams), _OUT, device=device)
         self._sums_Bk[:, 0] = 0.0  # All beams start equal: only the first may have children in the first step.
         self._done_ids_BkL = self._ids_BkL.clone()
         self._done_length_Bk = torch.zeros((rows, beams), dtype=torch.long, device=device)
-        self._done_score_Bk = torch.full((rows, beams), OUT, device=device)
+        self._done_score_Bk = torch.full((rows, beams), _OUT, device=device)
         self._done_sum_Bk = torch.zeros((rows, beams), device=device)
         self._is_done_Bk = torch.zeros((rows, beams), dtype=torch.bool, device=device)
 
@@ -60,7 +60,7 @@ class BeamSearch:
         beams, rows = self.width, len(self._requests)
         logprobs_RV = logits_RV.log_softmax(dim=-1)
         if forbidden_RV is not None:
-            logprobs_RV = logprobs_RV.masked_fill(forbidden_RV, NEVER)  # not renormalised, as in transformers
+            logprobs_RV = logprobs_RV.masked_fill(forbidden_RV, FORBIDDEN)  # not renormalised, as in transformers
         vocab_size = logprobs_RV.shape[-1]
         total_BkV = logprobs_RV.view(rows, beams, vocab_size) + self._sums_Bk[:, :, None]
         sums_BC, flat_BC = total_BkV.view(rows, -1).topk(2 * beams, dim=1)
@@ -71,7 +71,7 @@ class BeamSearch:
         ends_BC = (token_BC == self._eos_id) | (self.new_tokens == self._decoding.max_new_tokens)
 
         self._finish(ids_BCL, sums_BC, ends_BC)
-        self._sums_Bk, pick_Bk = (sums_BC + ends_BC * OUT).topk(beams, dim=1)
+        self._sums_Bk, pick_Bk = (sums_BC + ends_BC * _OUT).topk(beams, dim=1)
         self._ids_BkL = _take(ids_BCL, pick_Bk)
         return self._close(parent_BC.gather(1, pick_Bk), token_BC.gather(1, pick_Bk))
 
@@ -80,7 +80,7 @@ class BeamSearch:
         beams = self.width
         among_best_C = torch.arange(ends_BC.shape[1], device=ends_BC.device) < beams
         ended_BC = ends_BC & among_best_C
-        score_BC = sums_BC / self.new_tokens**self._decoding.length_penalty + ~ended_BC * OUT
+        score_BC = sums_BC / self.new_tokens**self._decoding.length_penalty + ~ended_BC * _OUT
         merged = torch.cat([self._done_score_Bk, score_BC], dim=1)
         self._done_score_Bk, pick_Bk = merged.topk(beams, dim=1)
         length_BC = torch.full_like(ends_BC, self.new_tokens, dtype=torch.long)

@@ -19,6 +19,7 @@ from softprompts.config import DecodingConfig
 from softprompts.errors import ConfigError
 
 __all__ = [
+    "FORBIDDEN",
     "Constraints",
     "Hypothesis",
     "OnePath",
@@ -30,7 +31,8 @@ __all__ = [
     "warp",
 ]
 
-NEVER = float("-inf")
+FORBIDDEN = float("-inf")
+"""Score of a token that may not come."""
 
 
 @dataclass(frozen=True)
@@ -229,12 +231,12 @@ def warp(logits_RV: Tensor, decoding: DecodingConfig) -> Tensor:
     vocab_size = logits_RV.shape[-1]
     if 0 < decoding.top_k < vocab_size:
         last_R1 = logits_RV.topk(decoding.top_k, dim=-1).values[:, -1:]
-        logits_RV = logits_RV.masked_fill(logits_RV < last_R1, NEVER)
+        logits_RV = logits_RV.masked_fill(logits_RV < last_R1, FORBIDDEN)
     if decoding.top_p < 1.0:
         ascending_RV, order_RV = logits_RV.sort(dim=-1)
         outside_RV = ascending_RV.softmax(dim=-1).cumsum(dim=-1) <= 1 - decoding.top_p
         outside_RV[:, -1] = False
-        logits_RV = logits_RV.masked_fill(outside_RV.scatter(1, order_RV, outside_RV), NEVER)
+        logits_RV = logits_RV.masked_fill(outside_RV.scatter(1, order_RV, outside_RV), FORBIDDEN)
     return logits_RV
 
 
@@ -279,7 +281,7 @@ class OnePath:
 
     def advance(self, logits_RV: Tensor, forbidden_RV: Tensor | None) -> Step:
         """Choose one token per request; see :class:`Search`."""
-        scores_RV = logits_RV if forbidden_RV is None else logits_RV.masked_fill(forbidden_RV, NEVER)
+        scores_RV = logits_RV if forbidden_RV is None else logits_RV.masked_fill(forbidden_RV, FORBIDDEN)
         if self._decoding.strategy == "sample":
             uniforms = [self._random[request].random() for request in self._requests]
             tokens_R = draw(warp(scores_RV, self._decoding), uniforms)
