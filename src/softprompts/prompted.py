@@ -117,7 +117,8 @@ class PromptedLM(nn.Module):
         known = len(states)
         if bool((prompt_of_row_B >= known).any()) or bool((prompt_of_row_B < -1).any()):
             raise PromptMismatchError(
-                f"a row asks for prompt {int(prompt_of_row_B.max())}, but there are {known} (0 to {known - 1}, -1 for none)"
+                f"a row asks for prompt {int(prompt_of_row_B.max())}, but there are {known} prompts (counted from 0, "
+                "-1 for none)"
             )
         keys_values = rows_of_prompts(states, prompt_of_row_B)
         visible = visible_positions(states, prompt_of_row_B) if keys_values else None

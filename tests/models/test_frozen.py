@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import SIZES, ZOO, byte_tokenizer, tiny_model
 
+from conftest import SIZES, ZOO, byte_tokenizer, tiny_model
 from softprompts.errors import ConfigError, DataNotFoundError, LengthError, PromptMismatchError, UnsupportedModelError
 from softprompts.models import FrozenLM
 from softprompts.prompted import PromptedLM
@@ -40,7 +40,7 @@ def test_gradient_checkpointing_changes_nothing(family: str) -> None:
             logits = PromptedLM(frozen, [prompt]).label_logits(batch)
             loss = torch.nn.functional.cross_entropy(logits.logits_MV, logits.labels_M)
             loss.backward()
-            results.append((loss.detach(), prompt.table().grad, [p.grad for p in prompt.parameters()][0]))
+            results.append((loss.detach(), prompt.table().grad, next(p.grad for p in prompt.parameters())))
         torch.testing.assert_close(results[0][0], results[1][0])
         torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-5, atol=1e-7)
     assert saving.model.is_activation_checkpointing
@@ -114,9 +114,24 @@ def test_release_gives_the_model_back_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=4)), "interface"),
-        (lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=16)), "softcap"),
-        (lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=260, d_model=32, d_ff=32, num_layers=2, num_heads=4, d_kv=8)), "encoder-decoder"),
+        (
+            lambda: transformers.BloomForCausalLM(
+                transformers.BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=4)
+            ),
+            "interface",
+        ),
+        (
+            lambda: transformers.Gemma2ForCausalLM(
+                transformers.Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=16)
+            ),
+            "softcap",
+        ),
+        (
+            lambda: transformers.T5ForConditionalGeneration(
+                transformers.T5Config(vocab_size=260, d_model=32, d_ff=32, num_layers=2, num_heads=4, d_kv=8)
+            ),
+            "encoder-decoder",
+        ),
     ],
     ids=["bloom", "gemma2", "t5"],
 )

@@ -1,6 +1,6 @@
 """The contracts of the design, as one matrix: families x kinds of prompt x padding sides.
 
-1. A prompt made of real words stands for the words. 2. A batch equals its rows. 3. Every fast path equals the plain one.
+1. A prompt of real words stands for the words. 2. A batch equals its rows. 3. A fast path equals the plain one.
 """
 
 from __future__ import annotations
@@ -168,7 +168,9 @@ def test_every_number_of_a_prompt_gets_a_gradient_and_nothing_of_the_model(froze
 @pytest.mark.parametrize("kind", KINDS)
 def test_folded_embedding_prompt_equals_unfolded(frozen: FrozenLM, kind: str) -> None:
     prompt = word_prompt(kind, frozen, random_ids(6, 101))
-    folded = PrefixPrompt(frozen.geometry, prompt_from_table("prefix", frozen.geometry, fold(frozen, prompt)).parametrization, 6)
+    folded = PrefixPrompt(
+        frozen.geometry, prompt_from_table("prefix", frozen.geometry, fold(frozen, prompt)).parametrization, 6
+    )
     batch = padded([random_ids(n, 110 + n) for n in (6, 4)], [0, 0], "left")
     with torch.no_grad():
         expected = PromptedLM(frozen, [prompt]).label_logits(batch).logits_MV

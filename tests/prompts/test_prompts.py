@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_model
 
+from conftest import byte_tokenizer, tiny_model
 from softprompts.config import InitConfig, PromptConfig, ReparamConfig
 from softprompts.errors import ConfigError, LengthError
 from softprompts.models import FrozenLM
@@ -44,7 +44,9 @@ def test_table_round_trip(llama: FrozenLM) -> None:
 @pytest.mark.parametrize("reparam", EXACT, ids=lambda config: config.name)
 @pytest.mark.parametrize("kind", ["prefix", "embedding"])
 def test_exact_starts_give_the_texts_own_logits_at_step_0(llama: FrozenLM, kind: str, reparam: ReparamConfig) -> None:
-    prompt = build_prompt(PromptConfig(kind=kind, length=None, initializer=TEXT, reparametrization=reparam), llama, seed=3)
+    prompt = build_prompt(
+        PromptConfig(kind=kind, length=None, initializer=TEXT, reparametrization=reparam), llama, seed=3
+    )
     words = llama.tokenize_words("table to text")
     assert prompt.length == len(words)
     row = list(b"name : Blue Spice")
@@ -121,7 +123,9 @@ def test_seed_fixes_the_start_and_leaves_the_programs_randomness_alone(llama: Fr
 
 def test_uniform_stays_in_its_range(llama: FrozenLM) -> None:
     for kind in ("prefix", "embedding"):
-        table = build_prompt(PromptConfig(kind=kind, length=50, initializer=InitConfig(name="uniform")), llama, seed=0).table_PW
+        table = build_prompt(
+            PromptConfig(kind=kind, length=50, initializer=InitConfig(name="uniform")), llama, seed=0
+        ).table_PW
         assert -0.5 <= float(table.min()) < -0.45
         assert 0.45 < float(table.max()) <= 0.5
 
@@ -196,5 +200,7 @@ def test_words_behind_a_beginning_of_text_token() -> None:
     )
     frozen = FrozenLM.from_model(tiny_model("llama"), tokenizer)
     assert frozen.bos_ids == (256,)
-    prompt = build_prompt(PromptConfig(kind="embedding", length=None, initializer=InitConfig(name="text", text="ab")), frozen, seed=0)
+    prompt = build_prompt(
+        PromptConfig(kind="embedding", length=None, initializer=InitConfig(name="text", text="ab")), frozen, seed=0
+    )
     assert torch.equal(prompt.table_PW, frozen.embed([256, *frozen.tokenize(" ab")]))

@@ -1,8 +1,8 @@
 """The seam: prompt keys and values enter through the attention interface of transformers.
 
-One function is registered under :data:`IMPLEMENTATION`. It receives, as a keyword argument that ``model(...)`` hands down
-to every layer, a :class:`Steering`: the prompt's keys and values per layer and which rows may see them. Nothing is patched,
-no hook is set, no global holds the current batch.
+One function is registered under :data:`IMPLEMENTATION`. It receives, as a keyword argument that ``model(...)`` hands
+down to every layer, a :class:`Steering`: the prompt's keys and values per layer and which rows may see them. Nothing
+is patched, no hook is set, no global holds the current batch.
 
 Shape letters: B batch, T text tokens of this forward, S text tokens in the cache and of this forward, P prompt length,
 N KV heads, H head size.
@@ -41,14 +41,14 @@ class Seen:
 class Steering:
     """What one forward pass carries down to the attention layers.
 
-    It lives as long as that forward (or, while decoding, as its sequence of forwards) and belongs to nobody else, so two
-    threads may steer one model in two ways at the same time.
+    It lives as long as that forward (or, while decoding, as its sequence of forwards) and belongs to nobody else, so
+    two threads may steer one model in two ways at the same time.
     """
 
     layer_of: Mapping[nn.Module, LayerKey] = field(default_factory=dict)
     """Number of every attention module, from the probe (some families do not number their modules)."""
     keys_values: Mapping[LayerKey, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Per layer keys and values ``[B or 1, N, P, H]``; a leading 1 is expanded to all rows without a copy of its own."""
+    """Per layer keys and values ``[B or 1, N, P, H]``; a leading 1 is expanded to all rows, never copied."""
     visible_BP: Tensor | None = None
     """Which prompt positions a row may see (bool); ``None`` means that all rows see all of them."""
     captured: dict[LayerKey, tuple[Tensor, Tensor]] | None = None
@@ -108,8 +108,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention of transformers over ``[prompt; text]``.
 
-    A prompt is visible to every query that its row allows, also in layers with a sliding window: it is part of the model
-    for this task, not of the text that scrolls by.
+    A prompt is visible to every query that its row allows, also in layers with a sliding window: it is part of the
+    model for this task, not of the text that scrolls by.
 
     Args:
         module: The attention module that calls.

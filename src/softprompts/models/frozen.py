@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from softprompts.errors import ConfigError, DataNotFoundError, UnsupportedModelError, nearest
 from softprompts.models.attention import IMPLEMENTATION, Steering, register_attention
 from softprompts.models.geometry import probe
-from softprompts.types import Geometry, LayerKey
+from softprompts.types import LayerKey
 
 __all__ = ["FrozenLM"]
 
@@ -105,7 +105,8 @@ class FrozenLM:
             ) from error
         except ValueError as error:
             raise UnsupportedModelError(f"'{name_or_path}' is no causal language model: {error}") from error
-        frozen = cls(model.to(place), tokenizer, name=str(name_or_path))
+        nn.Module.to(model, place)
+        frozen = cls(model, tokenizer, name=str(name_or_path))
         if gradient_checkpointing:
             frozen.enable_gradient_checkpointing()
         return frozen
@@ -128,8 +129,8 @@ class FrozenLM:
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each layer's activations in the backward pass.
 
-        transformers checkpoints only modules in training mode, which also switches dropout on: so every dropout is set to
-        zero first. The results stay those of eval mode.
+        transformers checkpoints only modules in training mode, which also switches dropout on: so every dropout is set
+        to zero first. The results stay those of eval mode.
         """
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
@@ -162,7 +163,9 @@ class FrozenLM:
         """Id of the token that ends a text."""
         ids = self.tokenizer.eos_token_id
         if ids is None:
-            raise UnsupportedModelError(f"the tokenizer of '{self.name}' has no end-of-text token; set tokenizer.eos_token")
+            raise UnsupportedModelError(
+                f"the tokenizer of '{self.name}' has no end-of-text token; set tokenizer.eos_token"
+            )
         return int(ids)
 
     @property
@@ -197,7 +200,12 @@ class FrozenLM:
     def tokenizer_fingerprint(self) -> str:
         """Identity of the tokenizer: its vocabulary and what it makes of a few texts, 16 hex digits."""
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        samples = ["The quick brown fox", " 1984: naïve café,\n\ttabs", "name : Blue Spice | area : city centre", "日本語 🙂"]
+        samples = [
+            "The quick brown fox",
+            " 1984: naïve café,\n\ttabs",
+            "name : Blue Spice | area : city centre",
+            "日本語 🙂",
+        ]
         digest = hashlib.sha256(json.dumps(vocabulary).encode())
         digest.update(json.dumps([self.tokenizer(sample).input_ids for sample in samples]).encode())
         return digest.hexdigest()[:16]
@@ -219,7 +227,9 @@ class FrozenLM:
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Input embeddings ``[len(ids), D]``, computed by the model's own module (some families scale inside it)."""
         with torch.no_grad():
-            embeddings: Tensor = self.model.get_input_embeddings()(torch.as_tensor(list(ids), device=self.device)[None])[0]
+            embeddings: Tensor = self.model.get_input_embeddings()(
+                torch.as_tensor(list(ids), device=self.device)[None]
+            )[0]
         return embeddings.clone()
 
     def common_ids(self, count: int) -> list[int]:
@@ -232,7 +242,7 @@ class FrozenLM:
         limit = min(self.geometry.vocab_size, len(self.tokenizer))
         ids: list[int] = []
         for token in range(limit):
-            if token not in special and _is_text(self.tokenizer.decode([token])):
+            if token not in special and _is_text(str(self.tokenizer.decode([token]))):
                 ids.append(token)
             if len(ids) == count:
                 break
@@ -272,7 +282,8 @@ class FrozenLM:
         """
         inputs.setdefault("use_cache", inputs.get("past_key_values") is not None)
         checkpointing = self._checkpointing and torch.is_grad_enabled()
-        if self.model.training != checkpointing:  # transformers checkpoints in training mode only, and drops the cache then
+        # transformers checkpoints in training mode only, and drops the cache then
+        if self.model.training != checkpointing:
             self.model.train(checkpointing)
         states: Tensor = self.model.base_model(steering=steering, **inputs).last_hidden_state
         return states
@@ -283,12 +294,13 @@ class FrozenLM:
         return logits
 
     def _verify(self) -> None:
-        """Refuse a model that the seam does not reproduce: a prefix of a text's activations must stand for that text."""
+        """Refuse a model in which a prefix made of a text's activations does not stand for that text."""
         generator = torch.Generator().manual_seed(0)
         high = min(self.geometry.vocab_size, len(self.tokenizer))
         ids = torch.randint(high, (1, 6), generator=generator).to(self.device)
         with torch.no_grad():
-            whole = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, 3:].float()
+            text = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            whole = text.logits[0, 3:].float()
             prefix = self.activations(self.embed(ids[0, :3].tolist()))
             steering = Steering(self.layer_of, {layer: (k[None], v[None]) for layer, (k, v) in prefix.items()})
             hidden = self.hidden_states(
@@ -302,8 +314,8 @@ class FrozenLM:
         allowed = 1e-3 if self.dtype == torch.float32 else 0.3
         if not difference <= allowed:
             raise UnsupportedModelError(
-                f"'{self.geometry.family}' behind a prefix made of a text's own activations gives other logits than behind "
-                f"the text (difference {difference:.2g} standard deviations, allowed {allowed}); it is refused"
+                f"'{self.geometry.family}' behind a prefix made of a text's own activations gives other logits than "
+                f"behind the text (difference {difference:.2g} standard deviations, allowed {allowed}); it is refused"
             )
 
 
@@ -324,5 +336,5 @@ def _is_text(piece: str) -> bool:
 
 
 def _tensor_digest(tensor: Tensor) -> bytes:
-    plain = tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
-    return hashlib.sha256(plain.numpy().tobytes() if plain.ndim == 0 else memoryview(plain.numpy())).digest()
+    plain = tensor.detach().to("cpu", torch.bfloat16).flatten().contiguous()
+    return hashlib.sha256(plain.view(torch.int16).numpy().data).digest()

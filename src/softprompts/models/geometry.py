@@ -56,11 +56,10 @@ def probe(model: PreTrainedModel) -> tuple[Geometry, dict[nn.Module, LayerKey]]:
     sites = tuple(_site(number, seen) for number, seen in enumerate(steering.seen))
     layer_of = {seen.module: site.key for seen, site in zip(steering.seen, sites, strict=True)}
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    weight = embedding.weight
     geometry = Geometry(
         family=family,
         width=int(embedding(ids).shape[-1]),
-        vocab_size=int(weight.shape[0]),
+        vocab_size=_rows(embedding),
         max_positions=int(limit) if limit else None,
         sites=sites,
     )
@@ -77,6 +76,12 @@ def _site(number: int, seen: Seen) -> KeyValueSite:
     )
 
 
+def _rows(embedding: nn.Module) -> int:
+    weight = embedding.weight
+    assert isinstance(weight, torch.Tensor)
+    return int(weight.shape[0])
+
+
 def _check_against_cache(family: str, seen: list[Seen], cache: DynamicCache) -> None:
     if not seen:
         raise UnsupportedModelError(
@@ -84,13 +89,11 @@ def _check_against_cache(family: str, seen: list[Seen], cache: DynamicCache) -> 
         )
     if len({id(call.module) for call in seen}) != len(seen):
         raise UnsupportedModelError(f"'{family}' runs one attention module several times; it cannot be steered")
-    held = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    held = [(keys, values) for keys, values in pairs if keys is not None and values is not None]
     agree = len(held) == len(seen) and all(
-        layer.keys.shape == call.keys_BNSH.shape
-        and layer.values.shape == call.values_BNSH.shape
-        and torch.equal(layer.keys, call.keys_BNSH)
-        and torch.equal(layer.values, call.values_BNSH)
-        for layer, call in zip(held, seen, strict=False)
+        torch.equal(keys, call.keys_BNSH) and torch.equal(values, call.values_BNSH)  # false where shapes differ
+        for (keys, values), call in zip(held, seen, strict=True)
     )
     if not agree:
         raise UnsupportedModelError(

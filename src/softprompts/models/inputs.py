@@ -1,8 +1,8 @@
 """Positions and masks: the one place that decides where a token stands and who sees a prompt.
 
-Layouts: ``[pads][prompt][text]`` for left padding and ``[prompt][text][pads]`` for right padding. The prompt lives in the
-attention (it occupies no column of ``ids_BT``), so both come down to two rules, per row: real tokens count from the length
-of the row's own prompt, and the prompt is visible to all of them.
+Layouts: ``[pads][prompt][text]`` for left padding and ``[prompt][text][pads]`` for right padding. The prompt lives in
+the attention (it occupies no column of ``ids_BT``), so both come down to two rules, per row: real tokens count from
+the length of the row's own prompt, and the prompt is visible to all of them.
 
 Shape letters: B batch, T text tokens, P longest prompt, K prompts.
 """
@@ -127,7 +127,7 @@ def label_positions(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     before_M = column_M - 1
     if bool((before_M < 0).any()) or not bool(batch.mask_BT[row_M, before_M.clamp(min=0)].all()):
         raise DataError(
-            "the first token of a row cannot be a label: nothing stands in front of it from which it could be predicted; "
+            "the first token of a row cannot be a label: nothing stands in front of it to predict it from; "
             "give the format an input or a separator"
         )
     return row_M, before_M, batch.labels_BT[row_M, column_M]

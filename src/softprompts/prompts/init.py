@@ -47,7 +47,9 @@ def _labels(config: InitConfig, length: int, frozen: TextEmbedder, generator: to
     if not config.labels:
         raise ConfigError("initializer 'labels' needs initializer.labels, the list of class words")
     if len(config.labels) > length:
-        raise LengthError(f"{len(config.labels)} class words do not fit into a prompt of length {length}; raise prompt.length")
+        raise LengthError(
+            f"{len(config.labels)} class words do not fit into a prompt of length {length}; raise prompt.length"
+        )
     embeddings_PD = _vocabulary(config, length, frozen, generator)
     for position, label in enumerate(config.labels):
         embeddings_PD[position] = frozen.embed(frozen.tokenize_words(label)).mean(dim=0)
@@ -65,7 +67,7 @@ def _text(config: InitConfig, length: int, frozen: TextEmbedder, generator: torc
 
 
 def _text_ids(config: InitConfig, frozen: TextEmbedder) -> list[int]:
-    """Tokens of the initial text, behind what the tokenizer puts in front of every text (the attention's resting place)."""
+    """Tokens of the initial text, behind what the tokenizer puts in front of every text."""
     words = frozen.tokenize_words(config.text) if config.text else []
     if not words:
         raise ConfigError("initializer 'text' needs initializer.text, some words that describe the task")
@@ -140,7 +142,9 @@ def _from_source(kind: str, length: int, frozen: TextEmbedder, source: SoftPromp
         return source.table_PW
     if kind == "prefix":
         return _as_table(kind, source.table_PW, frozen)
-    raise ConfigError("a prefix cannot be turned back into embeddings; start an embedding prompt from an embedding prompt")
+    raise ConfigError(
+        "a prefix cannot be turned back into embeddings; start an embedding prompt from an embedding prompt"
+    )
 
 
 def build_prompt(

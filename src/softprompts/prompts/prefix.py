@@ -48,8 +48,6 @@ def unflatten_states(geometry: Geometry, table_PW: Tensor) -> dict[LayerKey, tup
 
 
 def flatten_states(geometry: Geometry, keys_values: Mapping[LayerKey, tuple[Tensor, Tensor]]) -> Tensor:
-    """Lay keys and values per layer out as one table ``[P, W]``, in float32 (the inverse of :func:`unflatten_states`)."""
-    columns = [
-        states.float().transpose(0, 1).flatten(1) for site in geometry.sites for states in keys_values[site.key]
-    ]
+    """Lay keys and values out as one float32 table ``[P, W]`` (the inverse of :func:`unflatten_states`)."""
+    columns = [states.float().transpose(0, 1).flatten(1) for site in geometry.sites for states in keys_values[site.key]]
     return torch.cat(columns, dim=1)

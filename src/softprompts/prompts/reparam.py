@@ -1,12 +1,12 @@
 """Reparametrizations: how a prompt's table is computed from trained parameters while training goes on.
 
 ``none`` trains the table itself. ``mlp`` is the paper's: index embedding -> Linear -> tanh -> Linear (Li & Liang 2021,
-section 4.3; hidden size 512 for table-to-text, 800 for summarization). ``residual`` adds such an MLP, with an output layer
-that starts at zero, to a trained start table: step 0 is exactly the initializer's prompt, for any length.
+section 4.3; hidden size 512 for table-to-text, 800 for summarization). ``residual`` adds such an MLP, with an output
+layer that starts at zero, to a trained start table: step 0 is exactly the initializer's prompt, for any length.
 
-The papers leave open how an ``mlp`` prefix starts from real activations. Two ways: ``closed_form`` solves the last layer
-by least squares (exact while P <= hidden size), ``regression`` is the original code's (500 Adam steps on the squared
-error, the index embedding left as it is).
+The papers leave open how an ``mlp`` prefix starts from real activations. Two ways: ``closed_form`` solves the last
+layer by least squares (exact while P <= hidden size), ``regression`` is the original code's (500 Adam steps on the
+squared error, the index embedding left as it is).
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Mlp(nn.Module):
         length, hidden_size = target_PW.shape[0], self.inner.out_features
         if length > hidden_size:
             raise ConfigError(
-                f"closed_form starts an MLP exactly only while the prompt's length ({length}) is at most its hidden size "
-                f"({hidden_size}); raise hidden_size or take reparametrization 'residual'"
+                f"closed_form starts an MLP exactly only while the prompt's length ({length}) is at most its hidden "
+                f"size ({hidden_size}); raise hidden_size or take reparametrization 'residual'"
             )
         mean_W = target_PW.double().mean(dim=0)
         hidden_PM = self.hidden().double()
@@ -91,7 +91,7 @@ class Mlp(nn.Module):
         for _ in range(steps):
             optimizer.zero_grad()
             error = nn.functional.mse_loss(self(), target_PW)
-            error.backward()  # type: ignore[no-untyped-call]
+            error.backward()
             optimizer.step()
         optimizer.zero_grad()
         self.index_PD.grad = None
