@@ -6,7 +6,9 @@ nearest known one and checks every type. ``to_dict`` gives the resolved recipe b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -37,11 +39,6 @@ __all__ = [
 ]
 
 C = TypeVar("C")
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The recipe of `softprompts train`
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -213,11 +210,6 @@ class TrainRecipe:
     output_dir: str = "runs/default"
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# YAML -> dataclass
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def load_recipe(path: str | Path, cls: type[C], overrides: Sequence[str] = ()) -> C:
     """Read a recipe.
 
@@ -232,33 +224,64 @@ def load_recipe(path: str | Path, cls: type[C], overrides: Sequence[str] = ()) -
     """
     path = Path(path)
     if not path.is_file():
-        raise DataNotFoundError(f"recipe '{path}' does not exist; give the path of a YAML file, for example from recipes/")
+        raise DataNotFoundError(
+            f"recipe '{path}' does not exist; give the path of a YAML file, such as one of recipes/"
+        )
     try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe '{path}' is no valid YAML: {error}") from error
+        mapping = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe '{path}' is no valid YAML in UTF-8: {error}") from error
     mapping = {} if mapping is None else mapping
     if not isinstance(mapping, dict):
         raise ConfigError(f"recipe '{path}' holds a {type(mapping).__name__}, expected a mapping of keys to values")
     for override in overrides:
-        keys, value = parse_override(override)
-        _set(mapping, keys, value, override)
+        _set(mapping, *parse_override(override, cls), override)
     try:
         return decode(cls, mapping)
     except ConfigError as error:
         raise ConfigError(f"recipe '{path}': {error}") from error
 
 
-def parse_override(text: str) -> tuple[list[str], Any]:
-    """Split ``"a.b=c"`` into ``(["a", "b"], value)``, the value read as YAML."""
-    name, equals, value = text.partition("=")
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, where YAML would silently keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.tag == "tag:yaml.org,2002:str"]
+        for key in sorted(keys):
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(
+                    f"the key '{key}' is given twice in the section at line {node.start_mark.line + 1}"
+                )
+        return super().construct_mapping(node, deep)
+
+
+def parse_override(text: str, cls: type | None = None) -> tuple[list[str], Any]:
+    """Split ``"a.b=c"`` into ``(["a", "b"], value)``, the value read as YAML.
+
+    Args:
+        text: The override.
+        cls: The dataclass that it is for. Where its field is text, a value that YAML would read as something else
+            (``Review: {text}``, ``12``) is taken as it stands; only ``null`` stays nothing.
+    """
+    name, equals, words = text.partition("=")
     keys = [key.strip() for key in name.split(".")]
     if not equals or not all(keys):
         raise ConfigError(f"override '{text}' is not of the form a.b=c, for example training.max_steps=500")
+    for_text = _is_text(cls, keys)
     try:
-        return keys, yaml.safe_load(value)
+        value = yaml.safe_load(words)
     except yaml.YAMLError as error:
+        if for_text:
+            return keys, words
         raise ConfigError(f"the value of override '{text}' is no valid YAML: {error}") from error
+    return keys, words if for_text and words and value is not None and not isinstance(value, str) else value
+
+
+def _is_text(cls: Any, keys: list[str]) -> bool:
+    for key in keys:
+        cls = typing.get_type_hints(cls).get(key) if dataclasses.is_dataclass(cls) else None
+    optional = typing.get_origin(cls) in (typing.Union, types.UnionType)
+    return cls is str or (optional and str in typing.get_args(cls))
 
 
 def _set(mapping: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
@@ -323,6 +346,7 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
             raise _wrong(value, hint, place)
         return {_convert(arguments[0], k, place): _convert(arguments[1], v, f"{place}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        value = {} if value is None else value  # a section whose keys are all commented out
         if not isinstance(value, Mapping):
             raise ConfigError(f"'{place}' is {value!r}, expected a section with keys of {hint.__name__}")
         return decode(hint, value, place)
@@ -343,24 +367,23 @@ def _convert_sequence(origin: Any, arguments: tuple[Any, ...], value: Any, place
 def _convert_scalar(hint: Any, value: Any, place: str) -> Any:
     if hint is Any:
         return value
-    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-3 as a string
-        except ValueError:
-            raise _wrong(value, hint, place) from None
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if hint is int and isinstance(value, bool):
+    if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)  # YAML 1.1 reads 1e-3 and 1e4 as strings
+            if hint is float and not math.isnan(number):
+                return number
+            if hint is int and number.is_integer():
+                return value if isinstance(value, int) else int(number)
         raise _wrong(value, hint, place)
     if hint is Path and isinstance(value, str):
         return Path(value)
-    if isinstance(hint, type) and isinstance(value, hint):
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise _wrong(value, hint, place)
 
 
 def _wrong(value: Any, hint: Any, place: str) -> ConfigError:
-    expected = getattr(hint, "__name__", str(hint))
+    expected = "text (in quotes)" if hint is str else getattr(hint, "__name__", str(hint))
     return ConfigError(f"'{place}' is {value!r} of type {type(value).__name__}, expected {expected}")
 
 
