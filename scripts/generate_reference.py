@@ -1,0 +1,179 @@
+"""Write docs/reference/{recipe,cli,errors}.md from the code. ``make reference`` runs it, a test checks its outcome."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import inspect
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import typer
+
+from softprompts import config, errors
+from softprompts.cli.main import VERBS, verb_function
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTE = "<!-- Made by `make reference` from the code; a test checks that it is current. -->\n\n"
+
+
+def main() -> None:
+    """Write every page."""
+    for name, page in PAGES.items():
+        path = ROOT / "docs" / "reference" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page(), encoding="utf-8")
+
+
+# --- recipe keys -----------------------------------------------------------------------------------------------------
+
+
+def recipe_page() -> str:
+    """Describe every key of a recipe: type, default, meaning."""
+    notes = attribute_notes(Path(inspect.getfile(config)).read_text(encoding="utf-8"))
+    lines = [
+        "# Recipe keys",
+        "",
+        "A recipe of `softprompts train` is a YAML file with these keys. Every key may be left out. `--set a.b=c`",
+        "overrides one of them; an unknown key is refused, and the nearest known one is named.",
+        "",
+    ]
+    for path, cls in sections(config.TrainRecipe):
+        title = f"`{path}`" if path else "Top level"
+        lines += [f"## {title}", "", inspect.getdoc(cls) or "", ""]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        hints = typing.get_type_hints(cls)
+        for item in dataclasses.fields(cls):
+            note = notes.get((cls.__name__, item.name), "")
+            if dataclasses.is_dataclass(hints[item.name]):
+                inner = f"{path}.{item.name}" if path else item.name
+                lines.append(f"| `{item.name}` | section | | see [`{inner}`](#{inner.replace('.', '')}) |")
+            else:
+                kind, default = type_words(hints[item.name]), default_words(item)
+                lines.append(f"| `{item.name}` | {kind} | `{default}` | {cell(note).replace('`None`', '`null`')} |")
+        lines.append("")
+    return NOTE + "\n".join(lines)
+
+
+def sections(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
+    """Walk the dataclasses of a recipe, each with the path of its section."""
+    yield path, cls
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from sections(hints[item.name], f"{path}.{item.name}" if path else item.name)
+
+
+def attribute_notes(source: str) -> dict[tuple[str, str], str]:
+    """Read the string below each field, which Python itself does not keep."""
+    notes = {}
+    for cls in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
+        for field, after in zip(cls.body, cls.body[1:], strict=False):
+            is_note = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if is_note and isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                notes[cls.name, field.target.id] = inspect.cleandoc(str(after.value.value))
+    return notes
+
+
+def type_words(hint: Any) -> str:
+    """Say in words what a value of this type looks like in YAML."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " or ".join(f"`{item}`" for item in arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"list of {type_words(arguments[0])}"
+    if origin is tuple:
+        return f"list of {len(arguments)}: {', '.join(map(type_words, arguments))}"
+    if arguments:
+        return " or ".join(type_words(argument) for argument in arguments)
+    return {int: "whole number", float: "number", str: "text", bool: "`true` or `false`", type(None): "`null`"}[hint]
+
+
+def default_words(item: dataclasses.Field[Any]) -> str:
+    """Write a default as YAML has it."""
+    value = item.default
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(list(value)) if isinstance(value, tuple) else str(value) or "''"
+
+
+def cell(text: str) -> str:
+    """Fit a note into one cell of a table."""
+    return " ".join(text.split()).replace("``", "`").replace("|", "\\|")
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def cli_page() -> str:
+    """Describe every verb that is there, with its arguments and options."""
+    lines = [
+        "# Command line",
+        "",
+        "`softprompts [--debug] VERB ...`. Exit codes: 0 done, 2 a mistake that the message tells how to mend,",
+        "130 interrupted, 1 anything else. `--debug` (or `SOFTPROMPTS_DEBUG=1`) shows the traceback of every error.",
+        "",
+    ]
+    for verb in VERBS:
+        if importlib.util.find_spec(verb.module) is not None:
+            function = verb_function(verb)
+            lines += [f"## `softprompts {verb.name}`", "", prose(function), "", *parameters(function), ""]
+    return NOTE + "\n".join(lines)
+
+
+def prose(function: Callable[..., Any]) -> str:
+    """The function's docstring without the sections that are for programmers."""
+    text = inspect.getdoc(function) or ""
+    for heading in ("\nArgs:", "\nRaises:", "\nReturns:"):
+        text = text.split(heading)[0]
+    return text.replace("``", "`").strip()
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    """One row per argument and option."""
+    app = typer.Typer(add_completion=False)
+    app.command()(function)
+    rows = ["| argument or option | default | meaning |", "|---|---|---|"]
+    for item in typer.main.get_command(app).params:
+        if item.name == "help":
+            continue
+        is_option = item.param_type_name == "option"
+        words = [*item.opts, *item.secondary_opts] if is_option else [item.name.upper()]
+        names = ", ".join(f"`{word}`" for word in words)
+        empty = item.default is None or item.default is False or item.default in ((), [], ...)
+        default = "required" if item.required else "" if empty or callable(item.default) else f"`{item.default}`"
+        rows.append(f"| {names} | {default} | {cell(getattr(item, 'help', None) or '')} |")
+    return rows
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def errors_page() -> str:
+    """The tree of errors, as the module draws it."""
+    tree = [line[4:] for line in (errors.__doc__ or "").splitlines() if line.startswith("    ")]
+    lines = [
+        "# Errors",
+        "",
+        "Each error also is the standard error in parentheses, so `except ValueError` keeps working. The command line",
+        "prints the message as one paragraph and exits with 2 (an interruption with 130).",
+        "",
+        "```",
+        *tree,
+        "```",
+        "",
+        "```python",
+        "from softprompts.errors import PromptMismatchError, SoftPromptsError",
+        "```",
+        "",
+    ]
+    return NOTE + "\n".join(lines)
+
+
+PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "errors.md": errors_page}
+
+if __name__ == "__main__":
+    main()
