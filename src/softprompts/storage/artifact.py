@@ -29,7 +29,7 @@ from softprompts.errors import ArtifactError, PromptMismatchError
 from softprompts.prompts import SoftPrompt, prompt_from_table
 from softprompts.prompts.prefix import flatten_states, unflatten_states
 from softprompts.storage.card import render_card
-from softprompts.storage.directory import aside_path, identity, read_file, read_head, write_directory
+from softprompts.storage.directory import list_names, read_file, read_head, read_stable, write_directory
 from softprompts.storage.manifest import (
     MAX_MANIFEST_BYTES,
     ModelIdentity,
@@ -60,7 +60,6 @@ CARD_FILE = "README.md"
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def read_info(directory: str | Path) -> PromptInfo:
     Raises:
         ArtifactError: The directory or the file is missing, damaged or of another format.
     """
-    return _read_manifest(_existing(Path(directory)))
+    return read_stable(directory, _read_manifest)
 
 
 def load_prompt(
@@ -163,18 +162,7 @@ def load_prompt(
         ArtifactError: Something is missing, damaged, of another format or version, or a pickle (never loaded).
         PromptMismatchError: The prompt was made for another model; the message says in what they differ.
     """
-    path = Path(directory)
-    for attempt in range(_ATTEMPTS):
-        seen = identity(path)
-        try:
-            loaded = _load(_existing(path), frozen, allow_other_model)
-        except ArtifactError:
-            # Someone may be replacing the prompt: then its files were read from two directories.
-            if attempt + 1 == _ATTEMPTS or identity(path) == seen:
-                raise
-        else:
-            return loaded
-    raise AssertionError("the last attempt returns or raises")
+    return read_stable(directory, lambda place: _load(place, frozen, allow_other_model))
 
 
 def _load(directory: Path, frozen: IdentifiedModel | None, allow_other_model: bool) -> LoadedPrompt:
@@ -204,20 +192,11 @@ def _load(directory: Path, frozen: IdentifiedModel | None, allow_other_model: bo
     return LoadedPrompt(prompt_from_table(info.kind, geometry, table_PW), info)
 
 
-def _existing(directory: Path) -> Path:
-    if directory.is_dir():
-        return directory
-    aside = aside_path(directory)
-    if not directory.exists() and aside.is_dir():
-        return aside  # between the two renames of a writer, or after one that was killed there
-    what = "is a file" if directory.exists() else "does not exist"
-    raise ArtifactError(
-        f"'{directory}' {what}, expected the directory of a prompt with {MANIFEST_FILE} and {TENSOR_FILE}"
-    )
-
-
 def _read_manifest(directory: Path) -> PromptInfo:
-    names = sorted(entry.name for entry in directory.iterdir())
+    if not directory.is_dir():
+        what = "is a file" if directory.exists() else "does not exist"
+        raise ArtifactError(f"'{directory}' {what}, expected the directory of a prompt, with {MANIFEST_FILE} in it")
+    names = list_names(directory)
     if MANIFEST_FILE not in names:
         if "adapter_config.json" in names:
             raise ArtifactError(f"'{directory}' is a PEFT adapter, no prompt of softprompts; see `softprompts convert`")

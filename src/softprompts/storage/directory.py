@@ -14,13 +14,17 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from softprompts.errors import ArtifactError, StorageError
 
-__all__ = ["aside_path", "identity", "read_file", "read_head", "write_directory"]
+__all__ = ["aside_path", "list_names", "read_file", "read_head", "read_stable", "write_directory"]
 
+R = TypeVar("R")
+
+_ATTEMPTS = 8
 _STALE_AFTER_S = 3600.0
 """A hidden sibling older than this belongs to a writer that was killed; writing takes seconds."""
 
@@ -30,13 +34,43 @@ def aside_path(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.replaced")
 
 
-def identity(directory: Path) -> tuple[int, int] | None:
-    """Device and inode of a directory, ``None`` if there is none: another value means that it was replaced."""
+def read_stable(directory: str | Path, read: Callable[[Path], R]) -> R:
+    """Read a directory that may be replaced meanwhile.
+
+    Args:
+        directory: Its name.
+        read: Reads it at the path that it is given: where an interrupted writer left it, if it is not under its name.
+
+    Raises:
+        ArtifactError: ``read`` raised it and the directory was not replaced while it did.
+    """
+    target = Path(directory).resolve()
+    aside = aside_path(target)
+    for _ in range(_ATTEMPTS):
+        seen = _identity(target), _identity(aside)
+        try:
+            return read(aside if seen[0] is None and seen[1] is not None else target)
+        except ArtifactError:
+            if seen == (_identity(target), _identity(aside)):
+                raise
+    return read(target)
+
+
+def list_names(directory: Path) -> list[str]:
+    """Return the sorted names of what is in a directory; raises ArtifactError where it cannot be listed."""
+    try:
+        return sorted(entry.name for entry in directory.iterdir())
+    except OSError as error:
+        raise ArtifactError(f"'{directory}' cannot be listed: {error.strerror or error}") from error
+
+
+def _identity(directory: Path) -> tuple[int, int, int] | None:
+    """What tells a directory from the one that replaced it; file systems reuse inodes at once, hence the time."""
     try:
         status = directory.stat()
     except OSError:
         return None
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
