@@ -4,9 +4,9 @@ The segments of an example are tokenised **one by one** and joined. Tokenising t
 characters across the border between input and target, and then the tokens in front of the target would differ
 between training (target known) and generation (target unknown).
 
-Conventions: ``ids`` hold no special tokens except what the tokenizer puts in front of every text (``bos_ids``) and the end
-token where the format asks for it (as separator, and after the target of a training row). ``labels_BT[b, t]`` is the token at t for every t of the target, end token included,
-and -100 elsewhere; nobody learns to predict the input.
+Conventions: ``ids`` hold no special tokens except what the tokenizer puts in front of every text (``bos_ids``) and the
+end token where the format asks for it (as separator, and after the target of a training row). ``labels_BT[b, t]`` is
+the token at t for every t of the target, end token included, and -100 elsewhere; nobody learns to predict the input.
 """
 
 from __future__ import annotations

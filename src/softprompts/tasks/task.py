@@ -73,6 +73,11 @@ class Task:
     configure: Callable[[Task, TaskConfig], Task] | None = None
     """For tasks whose format depends on the recipe (templates): called by :meth:`configured`."""
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that :meth:`load` can be asked for, in the order train, dev, test."""
+        return self.source.splits
+
     def configured(self, config: TaskConfig) -> Task:
         """Return the task as a recipe wants it: its sources, templates and separator. Doing it twice changes nothing.
 
