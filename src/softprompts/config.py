@@ -34,6 +34,7 @@ __all__ = [
     "TrainingConfig",
     "decode",
     "load_recipe",
+    "override",
     "parse_override",
     "to_dict",
 ]
@@ -240,6 +241,18 @@ def load_recipe(path: str | Path, cls: type[C], overrides: Sequence[str] = ()) -
         return decode(cls, mapping)
     except ConfigError as error:
         raise ConfigError(f"recipe '{path}': {error}") from error
+
+
+def override(config: C, overrides: Sequence[str]) -> C:
+    """Return a config with ``"a.b=c"`` strings applied in order.
+
+    Raises:
+        ConfigError: An override is malformed, names an unknown key or has a value of the wrong type.
+    """
+    mapping = to_dict(config)
+    for text in overrides:
+        _set(mapping, *parse_override(text, type(config)), text)
+    return decode(type(config), mapping)
 
 
 class _Loader(yaml.SafeLoader):
