@@ -116,7 +116,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path):
         toy.train(tmp_path, on_event=kill_at(12))
     with pytest.raises(CheckpointError, match=r"optimizer\.learning_rate \(0\.05 -> 0\.1\).*training\.batch_size"):
         toy.train(tmp_path, resume=True, batch_size=99, optimizer=OptimizerConfig(learning_rate=0.1, weight_decay=0.01))
-    with pytest.raises(CheckpointError, match="beyond training.max_steps 2"):
+    with pytest.raises(CheckpointError, match=r"beyond training\.max_steps 2"):
         toy.train(tmp_path, resume=True, max_steps=2)
 
 
@@ -124,7 +124,7 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path: Path):
     with pytest.raises(Killed):
         toy.train(tmp_path, on_event=kill_at(12))
     before = (tmp_path / "last.pt").read_bytes()
-    with pytest.raises(ConfigError, match="unfinished run.*--resume"):
+    with pytest.raises(ConfigError, match=r"unfinished run.*--resume"):
         toy.train(tmp_path)
     assert (tmp_path / "last.pt").read_bytes() == before
 

@@ -73,7 +73,7 @@ def train(
     objective = objective or ToyObjective()
 
     def dev() -> dict[str, float]:
-        error = objective.inputs @ objective.weight - objective.targets
+        error = objective.inputs @ objective.weight.detach() - objective.targets
         # Validation draws random numbers as well, and its own noise makes early stopping happen.
         return {"loss": float(error.square().mean()) + 0.05 * random.random()}
 

@@ -4,9 +4,10 @@
 object with the four methods of :class:`Objective` is trained alike.
 """
 
-from softprompts.training.checkpoint import TrainState
+from softprompts.training.batches import EncodedBatches, in_order
+from softprompts.training.checkpoint import TrainState, changed_keys
 from softprompts.training.events import TIMING_FIELDS, Event, read_events
-from softprompts.training.loop import FitResult, Selection, fit
+from softprompts.training.loop import FitResult, Selection, fit, refuse_unfinished_run
 from softprompts.training.objective import (
     Objective,
     PromptObjective,
@@ -16,10 +17,12 @@ from softprompts.training.objective import (
     without_prompts,
 )
 from softprompts.training.optim import Adafactor, build_optimizer, build_schedule
+from softprompts.training.progress import show_progress, to_tensorboard
 
 __all__ = [
     "TIMING_FIELDS",
     "Adafactor",
+    "EncodedBatches",
     "Event",
     "FitResult",
     "Objective",
@@ -30,8 +33,13 @@ __all__ = [
     "batch_loss",
     "build_optimizer",
     "build_schedule",
+    "changed_keys",
     "fit",
+    "in_order",
     "mean_loss",
     "read_events",
+    "refuse_unfinished_run",
+    "show_progress",
+    "to_tensorboard",
     "without_prompts",
 ]

@@ -5,6 +5,7 @@ Two runs are equal when their files are, apart from the fields in ``TIMING_FIELD
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -50,7 +51,8 @@ class EventLog:
 
     def __exit__(self, *_: object) -> None:
         """Close the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # only what a failed write left behind, and that one was reported
+            self._file.close()
 
     def write(self, event: str, step: int, **fields: Any) -> None:
         """Append one event and hand it on.

@@ -30,7 +30,7 @@ from softprompts.training.events import Event, EventLog
 from softprompts.training.objective import Objective
 from softprompts.training.optim import build_optimizer, build_schedule, set_learning_rate
 
-__all__ = ["NOT_LEARNING_AFTER_STEPS", "FitResult", "Selection", "fit"]
+__all__ = ["NOT_LEARNING_AFTER_STEPS", "FitResult", "Selection", "fit", "refuse_unfinished_run"]
 
 B = TypeVar("B")
 
@@ -119,14 +119,15 @@ def fit(
         DataError: There is no batch.
     """
     _check(config)
-    sections = {"training": config, "optimizer": optimizer, "schedule": schedule}
+    selection = selection or Selection()
+    sections = {"training": config, "optimizer": optimizer, "schedule": schedule, "selection": selection}
     checkpoints = Checkpoints(Path(run_dir), {name: to_dict(section) for name, section in sections.items()})
     stepper = build_optimizer(objective.parameters(), optimizer)
     factor = build_schedule(schedule, config.max_steps)
     state = _start(checkpoints, objective, stepper, config, resume)
     check_step = min(schedule.warmup_steps + NOT_LEARNING_AFTER_STEPS, config.max_steps)
     with EventLog(Path(run_dir) / "events.jsonl", keep_bytes=state.events_bytes, also=on_event) as events:
-        run = _Run(objective, stepper, state, config, events, checkpoints, selection or Selection())
+        run = _Run(objective, stepper, state, config, events, checkpoints, selection)
         rates = (optimizer.learning_rate * factor(step) for step in itertools.count(state.step))
         check = (check_step, reference_loss) if reference_loss is not None else None
         return _loop(run, _stream(batches, state.epoch, state.position), rates, validate, check)
@@ -196,16 +197,28 @@ def _start(
                 f"{config.max_steps}; raise max_steps or train into another directory"
             )
         return state
-    if checkpoints.last.exists():
-        state = TrainState(**load_state(checkpoints.last)["state"])
-        if _finished(state, config) is None:
-            raise ConfigError(
-                f"'{checkpoints.last.parent}' holds an unfinished run (step {state.step} of {config.max_steps}); go on "
-                "with --resume (resume=True in Python), choose another directory, or delete this one"
-            )
+    refuse_unfinished_run(checkpoints.last.parent, config)
     checkpoints.clear()
     seed_everything(config.seed)
     return TrainState()
+
+
+def refuse_unfinished_run(run_dir: str | Path, config: TrainingConfig) -> None:
+    """Raise before a new run would take the place of one that was not finished.
+
+    Raises:
+        ConfigError: ``run_dir`` holds an unfinished run.
+        CheckpointError: Its checkpoint is damaged.
+    """
+    last = Path(run_dir) / "last.pt"
+    if not last.exists():
+        return
+    state = TrainState(**load_state(last)["state"])
+    if _finished(state, config) is None:
+        raise ConfigError(
+            f"'{run_dir}' holds an unfinished run (step {state.step} of {config.max_steps}); go on with --resume "
+            "(resume=True in Python), choose another directory, or delete this one"
+        )
 
 
 def _stream(batches: Callable[[int, int], Iterable[B]], epoch: int, position: int) -> Iterator[tuple[int, int, B]]:

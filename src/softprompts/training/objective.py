@@ -72,12 +72,13 @@ def batch_loss(prompted: PromptedLM, batch: Batch, reduction: Literal["token_mea
     Raises:
         DataError: The batch has no label to learn.
     """
-    found = prompted.label_logits(batch)
+    tokens = int(batch.mask_BT.sum())  # before the batch moves: counting on a GPU would wait for it
+    found = prompted.label_logits(batch.to(prompted.frozen.device))
     if found.labels_M.numel() == 0:
         raise DataError("a training batch has no label: every row needs a target of at least one token")
     total = functional.cross_entropy(found.logits_MV, found.labels_M, reduction="sum")
     weight = found.labels_M.numel() if reduction == "token_mean" else batch.rows
-    return StepLoss(total=total, weight=weight, tokens=int(batch.mask_BT.sum()))
+    return StepLoss(total=total, weight=weight, tokens=tokens)
 
 
 @final

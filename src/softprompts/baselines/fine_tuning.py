@@ -1,0 +1,99 @@
+"""Full fine-tuning: every weight of a copy of the model is trained, on the same rows and by the same loop."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from softprompts.errors import CheckpointError, StorageError
+from softprompts.models import FrozenLM
+from softprompts.prompted import PromptedLM
+from softprompts.training import StepLoss, batch_loss, without_prompts
+from softprompts.types import Batch
+
+__all__ = ["FineTuningObjective"]
+
+
+@final
+class FineTuningObjective:
+    """The yardstick of both papers ("fine-tuning", "model tuning").
+
+    The model given stays as it is; its copy is trained without dropout, like the prompts that it is compared with.
+
+    Args:
+        frozen: The model to start from, in float32.
+        reduction: How token losses become one number; see :func:`softprompts.training.batch_loss`.
+    """
+
+    def __init__(self, frozen: FrozenLM, reduction: Literal["token_mean", "sentence_sum"] = "token_mean") -> None:
+        self.tuned = FrozenLM.from_model(copy.deepcopy(frozen.model), frozen.tokenizer, name=f"{frozen.name}-tuned")
+        self.tuned.model.requires_grad_(True)
+        self.prompted = PromptedLM(self.tuned, [])
+        self.reduction = reduction
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All weights, tied ones once."""
+        return list(self.tuned.model.parameters())
+
+    def loss(self, batch: Batch) -> StepLoss:
+        """Loss of one batch, with gradient to the weights; prompts that the rows name are left out."""
+        (plain,) = without_prompts([batch])
+        return batch_loss(self.prompted, plain, self.reduction)
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Copy of all weights."""
+        return {name: value.detach().cpu().clone() for name, value in self.tuned.model.named_parameters()}
+
+    @torch.no_grad()
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put a copy back.
+
+        Raises:
+            CheckpointError: It belongs to another model.
+        """
+        own = dict(self.tuned.model.named_parameters())
+        if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in state.items()}:
+            raise CheckpointError(
+                "the checkpoint holds the weights of another model than the recipe's; resume with the recipe of that "
+                "run, or train into another directory"
+            )
+        for name, value in state.items():
+            own[name].copy_(value)
+
+    def save(self, directory: str | Path) -> Path:
+        """Save the tuned model and its tokenizer as a Hugging Face directory.
+
+        Args:
+            directory: Where; a model that is there already is replaced once the new one is complete.
+
+        Raises:
+            StorageError: The disk refused, or the directory holds something else than a model.
+        """
+        target = Path(directory).resolve()
+        staging, aside = target.with_name(f".{target.name}.writing"), target.with_name(f".{target.name}.replaced")
+        if target.exists() and any(target.iterdir()) and not (target / "config.json").exists():
+            raise StorageError(f"'{target}' holds something else than a model; name another directory")
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            self.tuned.model.save_pretrained(staging)
+            self.tuned.tokenizer.save_pretrained(staging)
+            if target.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+                target.rename(aside)
+            staging.rename(target)
+        except OSError as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            if aside.exists() and not target.exists():
+                aside.rename(target)
+            raise StorageError(
+                f"cannot save the tuned model to '{target}': {error}; make room and save again"
+            ) from error
+        shutil.rmtree(aside, ignore_errors=True)
+        return target

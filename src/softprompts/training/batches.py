@@ -1,0 +1,36 @@
+"""Encoded rows as the endless stream of batches that the loop asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import final
+
+from softprompts.tasks.encode import bucketed_batches, collate
+from softprompts.types import Batch, Encoded
+
+__all__ = ["EncodedBatches", "in_order"]
+
+
+@final
+@dataclass(frozen=True)
+class EncodedBatches:
+    """Length-bucketed training batches; a function of rows, seed, epoch and start alone."""
+
+    rows: Sequence[Encoded]
+    batch_size: int
+    pad_id: int
+    seed: int = 0
+
+    def __call__(self, epoch: int, start: int) -> Iterator[Batch]:
+        """Give the batches of one epoch from number ``start`` on, padded on the right."""
+        lengths = [len(row.ids) for row in self.rows]
+        for indices in bucketed_batches(lengths, self.batch_size, seed=self.seed, epoch=epoch)[start:]:
+            yield collate([self.rows[index] for index in indices], pad_id=self.pad_id)
+
+
+def in_order(rows: Sequence[Encoded], batch_size: int, *, pad_id: int) -> Iterator[Batch]:
+    """Give every row once, similar lengths together, always in the same batches: for measuring a loss."""
+    ordered = sorted(rows, key=lambda row: len(row.ids))
+    for first in range(0, len(ordered), batch_size):
+        yield collate(ordered[first : first + batch_size], pad_id=pad_id)
