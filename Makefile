@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 WORKERS = 2
 # One thread per test worker: the models of the tests are tiny, and threads that wait for each other cost more than they give.
 THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 PYTEST = $(THREADS) $(BIN)/python -m pytest
 
 .PHONY: help quickstart test lint types check nightly reference format clean

@@ -10,24 +10,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softprompts.config import TrainRecipe, load_recipe
+    from softprompts.config import DecodingConfig, PromptConfig, TrainRecipe, load_recipe
     from softprompts.errors import SoftPromptsError
+    from softprompts.inference.engine import Engine
     from softprompts.models.frozen import FrozenLM
     from softprompts.prompted import PromptedLM
     from softprompts.prompts.base import SoftPrompt
     from softprompts.prompts.embedding import EmbeddingPrompt
+    from softprompts.prompts.init import build_prompt
     from softprompts.prompts.prefix import PrefixPrompt
     from softprompts.storage.artifact import load_prompt, save_prompt
 
 __all__ = [
+    "DecodingConfig",
     "EmbeddingPrompt",
+    "Engine",
     "FrozenLM",
     "PrefixPrompt",
+    "PromptConfig",
     "PromptedLM",
     "SoftPrompt",
     "SoftPromptsError",
     "TrainRecipe",
     "__version__",
+    "build_prompt",
     "load_prompt",
     "load_recipe",
     "save_prompt",
@@ -36,13 +42,17 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOME = {
+    "DecodingConfig": "softprompts.config",
     "EmbeddingPrompt": "softprompts.prompts.embedding",
+    "Engine": "softprompts.inference.engine",
     "FrozenLM": "softprompts.models.frozen",
     "PrefixPrompt": "softprompts.prompts.prefix",
+    "PromptConfig": "softprompts.config",
     "PromptedLM": "softprompts.prompted",
     "SoftPrompt": "softprompts.prompts.base",
     "SoftPromptsError": "softprompts.errors",
     "TrainRecipe": "softprompts.config",
+    "build_prompt": "softprompts.prompts.init",
     "load_prompt": "softprompts.storage.artifact",
     "load_recipe": "softprompts.config",
     "save_prompt": "softprompts.storage.artifact",
