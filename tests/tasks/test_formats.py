@@ -78,7 +78,14 @@ def test_a_list_in_the_target_field_gives_the_references():
 
 @pytest.mark.parametrize(
     ("written", "separator", "lead"),
-    [("eos", END_TOKEN, " "), (r"\n", "\n", ""), (" =>", " =>", " "), (r"\tA:\n", "\tA:\n", "")],
+    [
+        ("eos", END_TOKEN, " "),
+        (r"\n", "\n", ""),
+        (" =>", " =>", " "),
+        (" => ", " =>", " "),
+        (" ", "", " "),
+        (r"\tA:\n", "\tA:\n", ""),
+    ],
 )
 def test_separators_as_users_write_them(written: str, separator: str, lead: str):
     format = TextFormat(lambda record, split: []).with_separator(parse_separator(written))

@@ -64,7 +64,8 @@ class TextFormat:
 
     def with_separator(self, separator: str) -> TextFormat:
         """Return this format with another separator; the target then begins with a space unless after a line break."""
-        return replace(self, separator=separator, target_lead=_target_lead(separator))
+        separator, lead = _separator_and_lead(separator)
+        return replace(self, separator=separator, target_lead=lead)
 
 
 def parse_separator(text: str) -> str:
@@ -77,8 +78,9 @@ def parse_separator(text: str) -> str:
     return separator
 
 
-def _target_lead(separator: str) -> str:
-    return "" if separator.endswith(("\n", "\t", " ")) else " "
+def _separator_and_lead(written: str) -> tuple[str, str]:
+    """Move the space at the end of a separator (``" => "``) to the start of the target, where its word wants it."""
+    return written.rstrip(" "), "" if written.endswith(("\n", "\t")) else " "
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -137,7 +139,7 @@ def template_format(input_template: str, target_template: str) -> TextFormat:
         ConfigError: A template is malformed or names no field.
     """
     parts = _parse_template(input_template, "input")
-    tail = parts.pop()[0].rstrip(" ") if parts[-1][1] is None else ""
+    tail = parts.pop()[0] if parts[-1][1] is None else ""
     target = _parse_template(target_template, "target")
     list_field = target[0][1] if len(target) == 1 and not target[0][0] else None
 
@@ -150,8 +152,8 @@ def template_format(input_template: str, target_template: str) -> TextFormat:
             return [replace(example, target=answers[0], references=tuple(answers))]
         return [replace(example, target=_fill(target, record))]
 
-    separator = tail or _DEFAULT_SEPARATOR
-    return TextFormat(read, separator, target_lead=_target_lead(separator))
+    separator, lead = _separator_and_lead(tail if tail.strip(" ") else _DEFAULT_SEPARATOR)
+    return TextFormat(read, separator, target_lead=lead)
 
 
 def _parse_template(template: str, what: str) -> list[tuple[str, str | None]]:
