@@ -1,0 +1,221 @@
+"""``softprompts pretrain``: a small LM from raw text, from the corpus to a Hugging Face directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from softprompts.config import to_dict
+from softprompts.errors import TrainingInterrupted
+from softprompts.pretraining.checkpoint import RunState, load_checkpoint, save_checkpoint
+from softprompts.pretraining.model import build_model, export, loss_function, pick_device
+from softprompts.pretraining.optim import build_optimizers, decay_start
+from softprompts.pretraining.progress import Progress, plot_losses
+from softprompts.pretraining.recipe import PretrainRecipe
+from softprompts.pretraining.tokens import TokenFiles, prepare_tokens
+from softprompts.pretraining.trainer import Rows, held_out_losses, train_step
+
+__all__ = ["PretrainResult", "Run", "pretrain"]
+
+
+@dataclass
+class PretrainResult:
+    """What a run came to.
+
+    Attributes:
+        folder: The model and its tokenizer in Hugging Face format.
+        parameters: Number of weights, embeddings once.
+        state: Steps, tokens, seconds, history.
+        held_out: ``{source: {"loss", "perplexity", "tokens"}}``, and their mean by tokens as ``all``.
+    """
+
+    folder: Path
+    parameters: int
+    state: RunState
+    held_out: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return one JSON object; the history is left out, it lies in ``log.jsonl``."""
+        return {
+            "folder": str(self.folder),
+            "parameters": self.parameters,
+            "steps": self.state.step,
+            "tokens": self.state.tokens,
+            "seconds": self.state.seconds,
+            "tokens_per_s": self.state.tokens / max(1e-9, self.state.seconds),
+            "held_out": self.held_out,
+        }
+
+
+def pretrain(
+    recipe: PretrainRecipe,
+    resume: bool = False,
+    report: Callable[[str], None] = print,
+    max_steps: int | None = None,
+) -> PretrainResult:
+    """Train a small LM.
+
+    Args:
+        recipe: Everything about it.
+        resume: Go on from the checkpoint in ``output.output_dir``, which may have another ``training.total_tokens``.
+        report: Told about progress, a line at a time.
+        max_steps: Stop after so many steps of this session, as if interrupted; for tests and trials.
+
+    Raises:
+        TrainingInterrupted: SIGINT or SIGTERM came, or ``max_steps`` was reached; the state was saved first.
+        CheckpointError: There is nothing to resume from, or it belongs to another recipe.
+        DataError: The corpus is missing or unusable.
+    """
+    run = Run(recipe, report)
+    if resume:
+        run.resume()
+    return run.train(max_steps)
+
+
+class Run:
+    """One pretraining run: its folder, data, model, optimizers and state.
+
+    The folder holds ``tokens/``, ``checkpoint.pt``, ``checkpoint-stable.pt`` (before the decay), ``latest/`` and
+    ``final/`` (Hugging Face format), ``log.jsonl``, ``loss.png`` and ``recipe.json``.
+    """
+
+    def __init__(self, recipe: PretrainRecipe, report: Callable[[str], None] = print) -> None:
+        self.recipe, self.report = recipe, report
+        self.folder = Path(recipe.output.output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.files: TokenFiles = prepare_tokens(recipe, self.folder / "tokens", report)
+        self.model = build_model(recipe.model, self.files.summary["vocab_size"], recipe.training)
+        self.optimizers = build_optimizers(self.model, recipe.optimizer)
+        self.loss_function = loss_function(self.model, recipe.training)
+        # Never compiled: held-out batches come in many sizes, and each would be compiled anew.
+        self.evaluation_loss = loss_function(self.model, dataclasses.replace(recipe.training, compile=False))
+        self.rows = Rows(self.files.train(), recipe.model.context, recipe.training.seed)
+        self.state = RunState()
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.total_steps = max(1, recipe.training.total_tokens // (recipe.training.batch_rows * recipe.model.context))
+        (self.folder / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=1), encoding="utf-8")
+
+    @property
+    def key(self) -> str:
+        """Fingerprint of what a checkpoint must agree on: data, shape, batch, kind of optimizer."""
+        recipe = self.recipe
+        parts = [self.files.summary["fingerprint"], to_dict(recipe.model), recipe.training.batch_rows]
+        text = json.dumps([*parts, recipe.training.seed, recipe.optimizer.matrices], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def resume(self) -> None:
+        """Restore the checkpoint that ``output.resume_from`` names."""
+        name = "checkpoint.pt" if self.recipe.output.resume_from == "latest" else "checkpoint-stable.pt"
+        self.state = load_checkpoint(self.folder / name, self.model, self.optimizers, self.key)
+        self.report(f"resumed at step {self.state.step}, {self.state.tokens / 1e6:.2f} M tokens")
+
+    def save(self, name: str = "checkpoint.pt") -> None:
+        """Write a checkpoint."""
+        save_checkpoint(self.folder / name, self.state, self.model, self.optimizers, self.key)
+
+    def train(self, max_steps: int | None = None) -> PretrainResult:
+        """Train to the end of the schedule; see :func:`pretrain`."""
+        output = self.recipe.output
+        saved = exported = time.monotonic()
+        self.report(
+            f"{self.parameters / 1e6:.2f} M parameters, {self.total_steps} steps of "
+            f"{self.recipe.training.batch_rows} x {self.recipe.model.context} tokens"
+        )
+        done = 0
+        with _StopSignal() as stop, Progress(self, self.report) as progress:
+            while self.state.step < self.total_steps:
+                self._keep_stable()
+                event = train_step(
+                    self.model, self.optimizers, self.loss_function, self.rows, self.state,
+                    self.recipe.training, self.recipe.optimizer, self.total_steps,
+                )  # fmt: skip
+                done += 1
+                progress.step(event)
+                now = time.monotonic()
+                if stop.asked or done == max_steps:
+                    self.save()
+                    raise TrainingInterrupted(
+                        f"stopped at step {self.state.step} of {self.total_steps}; the state is saved: "
+                        "add --resume to go on"
+                    )
+                if now - saved >= output.checkpoint_every_s:
+                    self.save()
+                    saved = now
+                if now - exported >= output.export_every_s:
+                    self._snapshot(progress)
+                    exported = time.monotonic()
+        return self._finish()
+
+    def _keep_stable(self) -> None:
+        """Save the last state before the learning rate falls: from there more tokens can be trained on."""
+        start = decay_start(self.recipe.training, self.total_steps)
+        if not self.state.decaying and self.state.step >= start:
+            self.save("checkpoint-stable.pt")
+            self.state.decaying = True
+
+    def evaluate(self, max_rows: int | None = None) -> dict[str, dict[str, float]]:
+        """Measure held-out loss and perplexity by source, and over all sources by tokens (``all``)."""
+        training = self.recipe.training
+        losses = held_out_losses(
+            self.evaluation_loss,
+            self.files.held_out(),
+            self.recipe.model.context,
+            training.batch_rows,
+            pick_device(training.device),
+            max_rows,
+        )
+        tokens = sum(count for _, count in losses.values())
+        if tokens:
+            losses["all"] = (sum(loss * count for loss, count in losses.values()) / tokens, tokens)
+        return {
+            name: {"loss": loss, "perplexity": math.exp(loss), "tokens": count}
+            for name, (loss, count) in losses.items()
+        }
+
+    def _snapshot(self, progress: Progress) -> None:
+        held_out = self.evaluate(self.recipe.output.evaluation_rows)
+        progress.held_out(held_out)
+        export(self.model, self.files, self.folder / "latest")
+        plot_losses(self.state.history, self.folder / "loss.png")
+
+    def _finish(self) -> PretrainResult:
+        self.save()
+        held_out = self.evaluate(self.recipe.output.final_evaluation_rows)
+        export(self.model, self.files, self.folder / "latest")
+        export(self.model, self.files, self.folder / "final")
+        plot_losses(self.state.history, self.folder / "loss.png")
+        result = PretrainResult(self.folder / "final", self.parameters, self.state, held_out)
+        (self.folder / "result.json").write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
+        return result
+
+
+class _StopSignal:
+    """Turn SIGINT and SIGTERM into a flag while inside; a second signal acts as it always did."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(number, self._former[number])
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,161 @@
+"""The recipe of ``softprompts pretrain``: corpus, tokenizer, model and training run of a small LM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from softprompts.errors import ConfigError
+
+__all__ = [
+    "CorpusConfig",
+    "LMConfig",
+    "LMOptimizerConfig",
+    "LMTrainingConfig",
+    "OutputConfig",
+    "PretrainRecipe",
+    "SourceConfig",
+    "TokenizerConfig",
+]
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One ingredient of the corpus mix."""
+
+    name: str
+    files: tuple[str, ...]
+    """JSONL or plain text, gzipped or not; relative paths are looked up below the data folder."""
+    weight: float
+    """Share of the mix in characters, relative to the other sources' weights."""
+    objective: str = "plain"
+    """What becomes of a text: a name known to ``softprompts.pretraining.objectives.OBJECTIVES``."""
+    unwrap: bool = False
+    """Join lines that were broken at a fixed width."""
+    text_field: str = "text"
+    license: str = "unstated"
+    """Copied into the model card."""
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0 or not self.files:
+            raise ConfigError(
+                f"source '{self.name}' has weight {self.weight} and {len(self.files)} files; expected a positive "
+                "weight and at least one file; remove the source to leave it out"
+            )
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """What is read, how it is mixed and how much of it becomes tokens."""
+
+    sources: tuple[SourceConfig, ...]
+    data_dir: str | None = None
+    """Folder of relative paths; ``None`` takes the environment variable SOFTPROMPTS_DATA."""
+    tokens: int = 50_000_000
+    """Size of the token file; sources that are too small for their share are read again."""
+    max_characters: int = 1800
+    """Longer texts are cut into documents of about this size at paragraph or sentence ends."""
+    held_out_permille: int = 10
+    """Share of the documents, chosen by a hash of their text, that is never trained on."""
+    held_out_tokens: int = 200_000
+    """Most held-out tokens that are kept per source."""
+    max_epochs: int = 8
+    """How often a small source may be read again; after that the others fill its share."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Byte-level BPE with single digits, as in Llama."""
+
+    vocab_size: int = 6144
+    training_characters: int = 20_000_000
+    min_frequency: int = 2
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """Shape of the Llama-type decoder; the embeddings are tied."""
+
+    width: int = 256
+    layers: int = 8
+    heads: int = 4
+    kv_heads: int | None = None
+    """``None``: as many as ``heads``."""
+    mlp_width: int = 704
+    context: int = 512
+    """Longest row in tokens."""
+    rope_theta: float = 10_000.0
+    init_std: float = 0.02
+
+
+@dataclass(frozen=True)
+class LMOptimizerConfig:
+    """Muon or AdamW for the matrices; AdamW for embeddings and norms."""
+
+    matrices: Literal["muon", "adamw"] = "muon"
+    matrix_learning_rate: float = 0.02
+    learning_rate: float = 3e-3
+    """Of embeddings and norms."""
+    weight_decay: float = 0.05
+    momentum: float = 0.95
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class LMTrainingConfig:
+    """How long, in what batches, at what precision."""
+
+    total_tokens: int = 30_000_000
+    """Where the schedule ends. Lower or raise it while resuming: ``wsd`` decays accordingly."""
+    batch_rows: int = 16
+    micro_batch_rows: int | None = None
+    """Rows per backward pass; ``None``: all at once."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    """``wsd``: the last share of the steps, over which the rate falls linearly to zero."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = True
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_rows % (self.micro_batch_rows or self.batch_rows):
+            raise ConfigError(
+                f"batch_rows {self.batch_rows} is no multiple of micro_batch_rows {self.micro_batch_rows}; "
+                "every backward pass must have the same size"
+            )
+        if not 0.0 <= self.decay_fraction <= 1.0:
+            raise ConfigError(f"decay_fraction is {self.decay_fraction}, expected a share between 0 and 1")
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where things go, and how often."""
+
+    output_dir: str = "runs/pretrain"
+    checkpoint_every_s: float = 240.0
+    export_every_s: float = 600.0
+    """How often held-out loss is measured and ``latest/`` (Hugging Face format) is replaced."""
+    log_every_steps: int = 10
+    evaluation_rows: int = 8
+    """Most rows per source in the periodic held-out loss."""
+    final_evaluation_rows: int | None = 96
+    """Most rows per source in the final one; ``None``: all."""
+    resume_from: Literal["latest", "stable"] = "latest"
+    """``stable``: the checkpoint from before the decay, to train on for more tokens."""
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """Everything that ``softprompts pretrain`` needs to know."""
+
+    corpus: CorpusConfig
+    name: str = "softprompts-lm"
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: LMConfig = field(default_factory=LMConfig)
+    optimizer: LMOptimizerConfig = field(default_factory=LMOptimizerConfig)
+    training: LMTrainingConfig = field(default_factory=LMTrainingConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)

@@ -1,0 +1,133 @@
+"""The training loop: rows from a token file, one optimizer step at a time, resumable at any of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from softprompts.pretraining.checkpoint import RunState
+from softprompts.pretraining.optim import rate_factor
+from softprompts.pretraining.recipe import LMOptimizerConfig, LMTrainingConfig
+
+__all__ = ["LossFunction", "Rows", "held_out_losses", "train_step"]
+
+LossFunction = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Rows:
+    """Rows of ``context + 1`` tokens out of one long row, in a new random order every epoch.
+
+    Documents follow one another in a row, separated by one end-of-text token, and are not masked from each other.
+
+    Args:
+        tokens: The corpus.
+        context: T; a row holds one token more, so that every position has a target.
+        seed: Of the order.
+    """
+
+    def __init__(self, tokens: NDArray[Any], context: int, seed: int) -> None:
+        self.tokens, self.context, self.seed = tokens, context, seed
+        self.count = (len(tokens) - 1) // context
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, index: int) -> NDArray[Any]:
+        """Return the row at a position of the endless shuffled stream, ``[T + 1]``."""
+        epoch, place = divmod(index, self.count)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+        return self.at(int(self._order[place]))
+
+    def at(self, index: int) -> NDArray[Any]:
+        """Return the row at a position of the file, ``[T + 1]``."""
+        start = index * self.context
+        return np.asarray(self.tokens[start : start + self.context + 1]).astype(np.int64)
+
+    def batch(self, first: int, count: int) -> torch.Tensor:
+        """Return ``count`` rows of the shuffled stream, ``[count, T + 1]``."""
+        return torch.from_numpy(np.stack([self[first + i] for i in range(count)]))
+
+
+def train_step(
+    model: torch.nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    loss_function: LossFunction,
+    rows: Rows,
+    state: RunState,
+    training: LMTrainingConfig,
+    optimizer_config: LMOptimizerConfig,
+    total_steps: int,
+) -> dict[str, Any]:
+    """Do one optimizer step and advance ``state``.
+
+    Returns:
+        ``step`` (done so far), ``tokens``, ``loss`` in nats per token, ``grad_norm``, ``rate`` (share of the peak).
+    """
+    started = time.perf_counter()
+    factor = rate_factor(training, state.step, total_steps)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+    device = next(model.parameters()).device
+    batch = rows.batch(state.step * training.batch_rows, training.batch_rows).to(device)
+    micro = training.micro_batch_rows or training.batch_rows
+    parts = batch.split(micro)
+    loss = torch.zeros((), device=device)
+    for part in parts:
+        part_loss = loss_function(part) / len(parts)
+        part_loss.backward()
+        loss += part_loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer_config.clip_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.tokens += training.batch_rows * rows.context
+    state.seconds += time.perf_counter() - started
+    return {
+        "step": state.step,
+        "tokens": state.tokens,
+        "loss": float(loss),
+        "grad_norm": float(norm),
+        "rate": factor,
+    }
+
+
+@torch.no_grad()
+def held_out_losses(
+    loss_function: LossFunction,
+    held_out: dict[str, NDArray[Any]],
+    context: int,
+    batch_rows: int,
+    device: torch.device,
+    max_rows: int | None = None,
+) -> dict[str, tuple[float, int]]:
+    """Measure the loss on held-out text, source by source.
+
+    Args:
+        loss_function: ``ids [B, T+1] -> mean loss``.
+        held_out: Tokens of each source.
+        context: T.
+        batch_rows: B.
+        device: Where the model is.
+        max_rows: Most rows per source; ``None``: all.
+
+    Returns:
+        ``{source: (loss in nats per token, tokens)}``; sources shorter than one row are left out.
+    """
+    results = {}
+    for name, tokens in held_out.items():
+        rows = Rows(tokens, context, seed=0)
+        count = rows.count if max_rows is None else min(rows.count, max_rows)
+        total = 0.0
+        for first in range(0, count, batch_rows):
+            batch = np.stack([rows.at(i) for i in range(first, min(first + batch_rows, count))])
+            total += float(loss_function(torch.from_numpy(batch).to(device))) * len(batch)
+        if count:
+            results[name] = (total / count, count * context)
+    return results

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from softprompts.errors import CheckpointError, ConfigError, TrainingInterrupted
+from softprompts.pretraining.pretrain import Run, pretrain
+from softprompts.pretraining.recipe import LMConfig, LMTrainingConfig, PretrainRecipe
+from softprompts.pretraining.tokens import prepare_tokens
+from softprompts.pretraining.trainer import Rows
+from tiny_pretraining import make_recipe
+
+
+def quiet(line: str) -> None:
+    """Report to nobody."""
+
+
+@pytest.fixture(scope="module")
+def tokens(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare_tokens(make_recipe(corpus_dir, folder), folder / "tokens", quiet)
+    return folder / "tokens"
+
+
+@pytest.fixture
+def recipe(corpus_dir: Path, tmp_path: Path, tokens: Path) -> PretrainRecipe:
+    (tmp_path / "tokens").symlink_to(tokens)
+    return make_recipe(corpus_dir, tmp_path)
+
+
+def losses(run_history: list[dict[str, Any]]) -> list[float]:
+    return [event["loss"] for event in run_history if "loss" in event]
+
+
+def with_training(recipe: PretrainRecipe, **changes: object) -> PretrainRecipe:
+    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changes))  # type: ignore[arg-type]
+
+
+def test_killed_at_any_step_and_resumed_is_bit_identical(recipe: PretrainRecipe, tmp_path: Path) -> None:
+    whole = pretrain(recipe, report=quiet)
+    weights = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
+    expected = losses(whole.state.history)
+    assert len(expected) == 12
+    for stop in (1, 2, 5, 9, 11):  # warm-up, stable phase, first and last step of the decay
+        with pytest.raises(TrainingInterrupted, match=f"stopped at step {stop} of 12"):
+            pretrain(recipe, report=quiet, max_steps=stop)
+        result = pretrain(recipe, resume=True, report=quiet)
+        assert losses(result.state.history) == expected
+        resumed = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
+        assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+
+
+def test_a_signal_saves_and_stops(recipe: PretrainRecipe, tmp_path: Path) -> None:
+    run = Run(recipe, quiet)
+    inner, calls = run.loss_function, 0
+
+    def loss_then_signal(ids: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(ids)
+
+    run.loss_function = loss_then_signal
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TrainingInterrupted, match="step 3 of 12"):
+        run.train()
+    assert signal.getsignal(signal.SIGTERM) is before
+    resumed = Run(recipe, quiet)
+    resumed.resume()
+    assert resumed.state.step == 3
+
+
+def test_a_new_end_starts_the_decay_and_the_stable_state_can_go_on(recipe: PretrainRecipe, tmp_path: Path) -> None:
+    row = recipe.training.batch_rows * recipe.model.context
+    long = with_training(recipe, total_tokens=40 * row)
+    with pytest.raises(TrainingInterrupted):
+        pretrain(long, report=quiet, max_steps=10)
+    assert not (tmp_path / "checkpoint-stable.pt").exists()
+    short = with_training(recipe, total_tokens=14 * row, decay_fraction=4 / 14)
+    result = pretrain(short, resume=True, report=quiet)
+    rates = [event["rate"] for event in result.state.history if "rate" in event]
+    assert rates[9:] == [1.0, 1.0, 0.75, 0.5, 0.25]
+    # From before the decay, the longer run goes on as if it had never been shortened.
+    stable = dataclasses.replace(long, output=dataclasses.replace(long.output, resume_from="stable"))
+    with pytest.raises(TrainingInterrupted):
+        pretrain(stable, resume=True, report=quiet, max_steps=4)
+    continued = Run(long, quiet)
+    continued.resume()
+    with pytest.raises(TrainingInterrupted):
+        pretrain(long, report=quiet, max_steps=14)
+    straight = Run(long, quiet)
+    straight.resume()
+    assert losses(continued.state.history) == losses(straight.state.history)
+
+
+def test_a_checkpoint_of_another_model_is_refused(recipe: PretrainRecipe) -> None:
+    with pytest.raises(TrainingInterrupted):
+        pretrain(recipe, report=quiet, max_steps=1)
+    other = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, layers=1))
+    with pytest.raises(CheckpointError, match="belongs to another model shape"):
+        pretrain(other, resume=True, report=quiet)
+
+
+def test_nothing_to_resume_from_and_damage_are_said(recipe: PretrainRecipe, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="start without --resume"):
+        pretrain(recipe, resume=True, report=quiet)
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        pretrain(recipe, resume=True, report=quiet)
+
+
+def test_a_finished_run_leaves_a_model_for_transformers(recipe: PretrainRecipe, tmp_path: Path) -> None:
+    run = Run(recipe, quiet)
+    result = run.train()
+    model = AutoModelForCausalLM.from_pretrained(result.folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(result.folder)
+    assert model.config.architectures == ["LlamaForCausalLM"]
+    assert model.config.use_cache
+    ids = torch.tensor([tokenizer("The kitchen in Rome serves")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, run.model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+    assert {p.name for p in result.folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    saved = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert saved["tokens"] == recipe.training.total_tokens
+    assert set(saved["held_out"]) == {"talk", "book", "records", "all"}
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert losses(events) == losses(result.state.history)
+
+
+def test_it_learns(recipe: PretrainRecipe) -> None:
+    run = Run(with_training(recipe, total_tokens=60 * 4 * 32), quiet)
+    before = run.evaluate()["all"]["loss"]
+    after = run.train().held_out["all"]["loss"]
+    assert before > 5.5
+    assert after < before - 2.0
+
+
+def test_micro_batches_sum_to_the_whole_batch(recipe: PretrainRecipe) -> None:
+    whole = losses(pretrain(recipe, report=quiet).state.history)
+    parts = losses(pretrain(with_training(recipe, micro_batch_rows=2), report=quiet).state.history)
+    assert whole == pytest.approx(parts, rel=1e-2)
+    assert whole[0] == pytest.approx(parts[0], rel=1e-6)
+    with pytest.raises(ConfigError, match="no multiple"):
+        LMTrainingConfig(batch_rows=4, micro_batch_rows=3)
+
+
+def test_rows_cover_the_file_once_an_epoch() -> None:
+    import numpy as np
+
+    rows = Rows(np.arange(1001, dtype=np.uint16), context=10, seed=1)
+    assert rows.count == 100
+    firsts = [int(rows[i][0]) for i in range(200)]
+    assert sorted(firsts[:100]) == sorted(firsts[100:]) == list(range(0, 1000, 10))
+    assert firsts[:100] != firsts[100:]
+    assert rows[37].tolist() == list(range(firsts[37], firsts[37] + 11))
+
+
+def test_shape_of_the_model() -> None:
+    from softprompts.pretraining.model import build_model
+
+    training = LMTrainingConfig(device="cpu")
+    model = build_model(LMConfig(), 6144, training)
+    assert 7.9e6 < sum(p.numel() for p in model.parameters()) < 8.1e6
+    again = build_model(LMConfig(), 6144, training)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
