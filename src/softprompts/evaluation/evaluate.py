@@ -184,13 +184,14 @@ def evaluate(
         raise DataError("there are no records to evaluate on; expected at least one")
     if targets is not None and [row.example.id for row in targets] != [row.example.id for row in inputs]:
         raise DataError("inputs and targets are not the same records in the same order; encode one list twice")
+    engine.check(inputs, decoding)
     started = time.perf_counter()
-    predictions = predict(engine, inputs, decoding, seed=seed, on_progress=on_progress)
-    generated = time.perf_counter()
     losses = None
-    if targets is not None:
+    if targets is not None:  # first, because it is quick and finds targets that do not fit
         losses = target_losses(engine.prompted, targets, batch_size=decoding.batch_size)
     measured = time.perf_counter()
+    predictions = predict(engine, inputs, decoding, seed=seed, on_progress=on_progress)
+    generated = time.perf_counter()
     texts = [one.text for one in predictions]
     references = [one.example.all_references for one in predictions]
     values = score_all(metrics, texts, references, resamples=resamples, seed=seed)
@@ -202,7 +203,7 @@ def evaluate(
         losses=losses,
         decoding=decoding,
         seed=seed,
-        seconds={"generate": generated - started, "loss": measured - generated},
+        seconds={"generate": generated - measured, "loss": measured - started},
         facts=dict(facts or {}),
     )
 

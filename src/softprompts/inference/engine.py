@@ -84,8 +84,7 @@ class Engine:
             ConfigError: The decoding options make no sense, or a row names a prompt that does not exist.
             LengthError: A row is empty, or too long with its prompt and ``max_new_tokens``. Nothing has run then.
         """
-        check_decoding(decoding)
-        self._check_rows(rows, decoding)
+        self.check(rows, decoding)
         banned = [*banned_sequences(decoding.banned, self.frozen.tokenize), *map(tuple, banned_ids)]
         states = self.prompted.states()
         generations: dict[int, Generation] = {}
@@ -147,7 +146,9 @@ class Engine:
         assert isinstance(text, str)  # a list of lists would give a list of texts
         return Generation(hypothesis.ids, text, hypothesis.logprob, hypothesis.finished)
 
-    def _check_rows(self, rows: Sequence[Encoded], decoding: DecodingConfig) -> None:
+    def check(self, rows: Sequence[Encoded], decoding: DecodingConfig) -> None:
+        """Refuse what :meth:`generate` would refuse, without running anything; raises the same errors."""
+        check_decoding(decoding)
         lengths = [cast(SoftPrompt, prompt).length for prompt in self.prompted.prompts]
         limit = self.frozen.geometry.max_positions
         for index, row in enumerate(rows):
