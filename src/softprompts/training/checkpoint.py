@@ -6,6 +6,7 @@ best validation). Both hold plain tensors and containers and are read with ``wei
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pickle
@@ -77,7 +78,8 @@ def save_state(state: Mapping[str, Any], path: Path) -> None:
         temporary.replace(path)
         _sync_directory(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports some failed writes as RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         older = "the older one is intact" if path.exists() else "there was none before"
         raise StorageError(f"cannot save the checkpoint '{path}': {error}; {older}: make room and resume") from error
 
