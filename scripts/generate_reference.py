@@ -33,7 +33,7 @@ def main() -> None:
 
 def recipe_page() -> str:
     """Describe every key of a recipe: type, default, meaning."""
-    notes = attribute_notes(Path(inspect.getfile(config)).read_text(encoding="utf-8"))
+    notes = attribute_notes(Path(inspect.getfile(config.TrainRecipe)).read_text(encoding="utf-8"))
     lines = [
         "# Recipe keys",
         "",

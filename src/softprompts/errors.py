@@ -99,7 +99,7 @@ class DivergedError(SoftPromptsError, ArithmeticError):
     """The training loss or its gradient is no finite number; nothing was updated with it."""
 
 
-class TrainingInterrupted(SoftPromptsError, RuntimeError):  # noqa: N818 - an interruption is no error of the user's
+class TrainingInterrupted(SoftPromptsError, RuntimeError):
     """Training was stopped from outside; its state was saved before this was raised."""
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import statistics
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -58,12 +58,13 @@ def failing(error: BaseException) -> Callable[[], None]:
 def test_help_answers_in_half_a_second():
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = in_new_process("-m", "softprompts", "--help")
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
         assert done.returncode == 0, done.stderr
-    # The quickest of five: what the machine does besides only ever adds time. The median is shown when it fails.
-    assert min(seconds) < 0.5, f"median {statistics.median(seconds):.2f} s of {seconds}"
+    # Processor time: on a free machine that is what the clock shows, and other programs do not add to it.
+    assert statistics.median(seconds) < 0.5, seconds
 
 
 HELP = [["--help"], ["--version"], *([verb.name, "--help"] for verb in cli.VERBS)]

@@ -1,8 +1,4 @@
-"""Recipes: YAML files that map to frozen dataclasses.
-
-``load_recipe(path, TrainRecipe, overrides)`` reads a file, applies ``a.b=c`` overrides, refuses unknown keys with the
-nearest known one and checks every type. ``to_dict`` gives the resolved recipe back; it is saved with every run.
-"""
+"""YAML to dataclass and back: overrides, types, and what is said when a key or a value is wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,17 +16,6 @@ import yaml
 from softprompts.errors import ConfigError, DataNotFoundError, nearest
 
 __all__ = [
-    "DecodingConfig",
-    "EvaluationConfig",
-    "InitConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "PromptConfig",
-    "ReparamConfig",
-    "ScheduleConfig",
-    "TaskConfig",
-    "TrainRecipe",
-    "TrainingConfig",
     "decode",
     "load_recipe",
     "override",
@@ -40,175 +24,6 @@ __all__ = [
 ]
 
 C = TypeVar("C")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which frozen model, and how it is loaded."""
-
-    name_or_path: str = "bundled"
-    """A Hugging Face name, a directory, or ``bundled`` for the small LM inside this package."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "auto"
-    revision: str | None = None
-    quantization: str | None = None
-    gradient_checkpointing: bool = False
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """Which records, and how many of them."""
-
-    name: str = "records"
-    """A task of the catalog (``softprompts.tasks.catalog``)."""
-    train: str | None = None
-    """File or data set of the training split; ``None`` takes the task's own, below ``SOFTPROMPTS_DATA``."""
-    dev: str | None = None
-    test: str | None = None
-    format: str | None = None
-    """Template for the input, ``"Review: {text} Sentiment:"``; only for the task ``records``."""
-    target: str | None = None
-    """Template for the target, ``"{label}"``; only for the task ``records``."""
-    separator: str | None = None
-    """Text between input and target, ``eos`` for the end-of-sequence token; ``None`` takes the task's own."""
-    max_length: int = 512
-    """Longest row in tokens, prompt not counted."""
-    on_long: Literal["error", "truncate"] = "error"
-    """What happens to a text longer than ``max_length``: refuse it, or cut its input (never its target)."""
-    limit_train: int | None = None
-    limit_dev: int | None = None
-
-
-@dataclass(frozen=True)
-class ReparamConfig:
-    """How the prompt is parametrized while it is trained."""
-
-    name: Literal["none", "mlp", "residual"] = "none"
-    hidden_size: int = 512
-    """Units of the tanh layer (paper: 512 for table-to-text, 800 for summarization)."""
-    start: Literal["none", "closed_form", "regression"] = "none"
-    """How an ``mlp`` is made to start at the initializer's values (``residual`` starts there by construction)."""
-    regression_steps: int = 500
-    regression_learning_rate: float = 1e-4
-
-
-@dataclass(frozen=True)
-class InitConfig:
-    """What the prompt starts from."""
-
-    name: Literal["uniform", "vocabulary", "labels", "text", "prompt"] = "vocabulary"
-    text: str | None = None
-    """For ``text``: the words; repeated or cut to the prompt's length."""
-    labels: tuple[str, ...] = ()
-    """For ``labels``: the class words; the rest of the prompt is filled as by ``vocabulary``."""
-    prompt: str | None = None
-    """For ``prompt``: directory of a saved prompt."""
-    scale: float = 0.5
-    """For ``uniform``: the range is [-scale, scale]."""
-    population: int = 5000
-    """For ``vocabulary``: how many of the most common tokens are sampled from."""
-
-
-@dataclass(frozen=True)
-class PromptConfig:
-    """The soft prompt itself."""
-
-    kind: Literal["prefix", "embedding"] = "prefix"
-    length: int | None = 10
-    """P. ``None`` with the initializer ``text`` means as many positions as the text has tokens."""
-    reparametrization: ReparamConfig = field(default_factory=ReparamConfig)
-    initializer: InitConfig = field(default_factory=InitConfig)
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """The optimizer of the prompt's parameters."""
-
-    name: Literal["adamw", "adafactor", "sgd"] = "adamw"
-    learning_rate: float = 5e-3
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW."""
-    eps: float = 1e-8
-    decay_rate: float = 0.8
-    """Adafactor: exponent of the second moment's decay."""
-    factored: bool = False
-    """Adafactor: factor the second moment (prompt-tuning paper: not for the prompt)."""
-    momentum: float = 0.0
-    """SGD."""
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """The learning rate over the steps."""
-
-    name: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: int = 0
-    final_fraction: float = 0.0
-    """Share of the learning rate that is left at the last step."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How long, on what batches, and when to stop."""
-
-    max_steps: int = 1000
-    batch_size: int = 16
-    accumulation_steps: int = 1
-    clip_norm: float | None = 1.0
-    loss: Literal["token_mean", "sentence_sum"] = "token_mean"
-    """``sentence_sum``: per-sentence sum of token losses, mean over the batch (prefix-tuning's official code)."""
-    validate_every_steps: int = 200
-    patience: int | None = None
-    """Validations without a better dev score after which training stops; ``None``: never early."""
-    checkpoint_every_steps: int = 200
-    max_seconds: float | None = None
-    """Stop after so many seconds of training, validation not counted."""
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class DecodingConfig:
-    """How outputs are generated."""
-
-    strategy: Literal["greedy", "sample", "beam"] = "greedy"
-    max_new_tokens: int = 100
-    min_new_tokens: int = 0
-    beams: int = 5
-    length_penalty: float = 1.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    banned: tuple[str, ...] = ()
-    """Strings that are never produced (the paper bans newlines)."""
-    batch_size: int = 32
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """What is measured, and on how many records."""
-
-    metrics: tuple[str, ...] = ()
-    """Names of metrics; empty means the task's own."""
-    selection: str | None = None
-    """The metric that picks the best checkpoint: a task metric, or ``loss`` (the default)."""
-    decoding: DecodingConfig = field(default_factory=DecodingConfig)
-    limit: int | None = None
-
-
-@dataclass(frozen=True)
-class TrainRecipe:
-    """Everything that `softprompts train` needs to know."""
-
-    method: Literal["prompt", "fine_tuning"] = "prompt"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    task: TaskConfig = field(default_factory=TaskConfig)
-    prompt: PromptConfig = field(default_factory=PromptConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    output_dir: str = "runs/default"
 
 
 def load_recipe(path: str | Path, cls: type[C], overrides: Sequence[str] = ()) -> C:
