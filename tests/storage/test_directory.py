@@ -8,6 +8,7 @@ import resource
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -173,7 +174,11 @@ def test_a_writer_killed_anywhere_leaves_one_complete_prompt(
     target = tmp_path / "t"
     old, new = make_prompt("prefix"), make_prompt("prefix", seed=1)
     save_prompt(old, target, frozen=model)
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # Python 3.12 warns of forks beside threads; the child uses none
+        child = os.fork()
     if child == 0:
         owner = {"os.fsync": os, "pathlib.Path.rename": Path, "shutil.rmtree": shutil}[function]
         name = function.rsplit(".", 1)[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
@@ -102,14 +103,17 @@ def _metrics(metrics: Mapping[str, MetricValue]) -> str:
 
 def _usage(info: PromptInfo) -> str:
     model = info.model.name or "MODEL"
+    bundled = model == "bundled"
+    place = "bundled_lm_path()" if bundled else json.dumps(model, ensure_ascii=False)
+    extra = "from softprompts.pretraining import bundled_lm_path\n" if bundled else ""
     return f"""## How to use it
 
 ```python
-from softprompts.models.frozen import FrozenLM
-from softprompts.prompted import PromptedLM
+from softprompts.models import FrozenLM
+{extra}from softprompts.prompted import PromptedLM
 from softprompts.storage import load_prompt
 
-frozen = FrozenLM.load({model!r})
+frozen = FrozenLM.load({place})
 prompted = PromptedLM(frozen, [load_prompt("DIRECTORY", frozen).prompt])
 ```
 
