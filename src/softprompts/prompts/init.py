@@ -20,7 +20,15 @@ from softprompts.prompts.reparam import Direct, build_parametrization
 from softprompts.registry import Registry
 from softprompts.types import Geometry, TextEmbedder
 
-__all__ = ["INITIALIZERS", "KINDS", "build_prompt", "initial_table", "prompt_from_table", "prompt_length"]
+__all__ = [
+    "INITIALIZERS",
+    "KINDS",
+    "Initializer",
+    "build_prompt",
+    "initial_table",
+    "prompt_from_table",
+    "prompt_length",
+]
 
 KINDS: dict[str, type[SoftPrompt]] = {"embedding": EmbeddingPrompt, "prefix": PrefixPrompt}
 """Kinds of prompt by the name that recipes and artifacts use."""
