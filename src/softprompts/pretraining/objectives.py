@@ -61,8 +61,20 @@ _KEYS = {
 }
 _SEPARATORS = (" | ", "; ", ", ", "\n", " / ", " - ", " , ", " ; ", " || ", " . ")
 _LINKS = (" : ", ": ", " = ", "=", "[", " -> ", " is ", "(", " - ")
-_MARKERS = ("\n", " => ", " -> ", "\nText: ", "\nSentence: ", "\n\n", " >> ", "\nIn words: ", " || ", "\n- ")
-_MARKERS += (" ## ", "\n= ")
+_MARKERS = (
+    "\n",
+    " => ",
+    " -> ",
+    "\nText: ",
+    "\nSentence: ",
+    "\n\n",
+    " >> ",
+    "\nIn words: ",
+    " || ",
+    "\n- ",
+    " ## ",
+    "\n= ",
+)
 _ONSETS = _words("b br c ch cl d dr f fl g gl gr h j k kl l m n p pl qu r s sh sk st t th tr v w x y z zh")
 _VOWELS = _words("a e i o u a e i o ai ee ia oo ou y")
 _CODAS = ("", "", "", "n", "r", "l", "s", "x", "th", "ck", "m", "rd", "nt", "sk", "v", "lla", "ndo", "ton", "ley")

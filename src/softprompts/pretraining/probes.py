@@ -19,19 +19,19 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompts.errors import DataError, DataNotFoundError
-from softprompts.pretraining.objectives import invent_name
 
 __all__ = ["COPY_TEMPLATES", "BlimpResult", "blimp", "copying", "induction", "sample", "sequence_log_probs"]
 
 COPY_TEMPLATES = (
     ("name : {name} | city : {city}\nThe name is", " {name}"),
     ("name: {name}, city: {city}, price: cheap\nName:", " {name}"),
-    ("place = {city}; visitor = {name}\n", "{name} "),
+    ("place = {city}; visitor = {name}\nvisitor =", " {name}"),
     ("My friend {name} lives in {city}. One day, my friend", " {name}"),
     ("U: I want to book a table at {name} in {city}.\nS: Please confirm: a table at", " {name}"),
     ("<guest> {name} <town> {city}\nguest:", " {name}"),
 )
-"""``(context, continuation)`` pairs; none of them occurs in the exercises that the bundled LM was trained with."""
+"""``(context, continuation)`` pairs. The first three are of the kind that the exercise ``lookup`` trains, with other
+keys; the rest are not."""
 _CITIES = ("Paris", "London", "Boston", "Berkeley", "Chicago", "Rome", "Berlin", "Oakland", "Sydney", "Vancouver")
 
 
@@ -72,6 +72,13 @@ def sequence_log_probs(
             sums[i] = float((log_probs[place] * counted[place]).sum())
             greedy[i] = bool(right[place].all())
     return sums, greedy
+
+
+def _unseen_name(rng: random.Random) -> str:
+    """Alternate consonants and vowels, unlike the syllables that training names are invented from."""
+    start = rng.random() < 0.5
+    letters = [rng.choice("bcdfgklmnprstvz" if (i % 2 == 0) == start else "aeiou") for i in range(rng.randint(5, 8))]
+    return "".join(letters).capitalize()
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -168,7 +175,7 @@ def copying(
     rows, skips = [], []
     for i in range(count):
         context, continuation = COPY_TEMPLATES[i % len(COPY_TEMPLATES)]
-        fields = {"name": invent_name(rng), "city": rng.choice(_CITIES)}
+        fields = {"name": _unseen_name(rng), "city": rng.choice(_CITIES)}
         start = _with_start(tokenizer, context.format(**fields))
         rows.append(start + _ids(tokenizer, continuation.format(**fields).rstrip()))
         skips.append(len(start))
