@@ -50,6 +50,7 @@ def test_killed_at_any_step_and_resumed_is_bit_identical(recipe: PretrainRecipe,
     expected = losses(whole.state.history)
     assert len(expected) == 12
     for stop in (1, 2, 5, 9, 11):  # warm-up, stable phase, first and last step of the decay
+        (tmp_path / "checkpoint.pt").unlink()
         with pytest.raises(TrainingInterrupted, match=f"stopped at step {stop} of 12"):
             pretrain(recipe, report=quiet, max_steps=stop)
         result = pretrain(recipe, resume=True, report=quiet)
@@ -95,6 +96,7 @@ def test_a_new_end_starts_the_decay_and_the_stable_state_can_go_on(recipe: Pretr
         pretrain(stable, resume=True, report=quiet, max_steps=4)
     continued = Run(long, quiet)
     continued.resume()
+    (tmp_path / "checkpoint.pt").unlink()
     with pytest.raises(TrainingInterrupted):
         pretrain(long, report=quiet, max_steps=14)
     straight = Run(long, quiet)
@@ -108,6 +110,13 @@ def test_a_checkpoint_of_another_model_is_refused(recipe: PretrainRecipe) -> Non
     other = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, layers=1))
     with pytest.raises(CheckpointError, match="belongs to another model shape"):
         pretrain(other, resume=True, report=quiet)
+
+
+def test_a_run_is_not_started_over_by_accident(recipe: PretrainRecipe) -> None:
+    with pytest.raises(TrainingInterrupted):
+        pretrain(recipe, report=quiet, max_steps=1)
+    with pytest.raises(CheckpointError, match="add --resume to go on"):
+        pretrain(recipe, report=quiet)
 
 
 def test_nothing_to_resume_from_and_damage_are_said(recipe: PretrainRecipe, tmp_path: Path) -> None:
@@ -145,8 +154,9 @@ def test_it_learns(recipe: PretrainRecipe) -> None:
     assert after < before - 2.0
 
 
-def test_micro_batches_sum_to_the_whole_batch(recipe: PretrainRecipe) -> None:
+def test_micro_batches_sum_to_the_whole_batch(recipe: PretrainRecipe, tmp_path: Path) -> None:
     whole = losses(pretrain(recipe, report=quiet).state.history)
+    (tmp_path / "checkpoint.pt").unlink()
     parts = losses(pretrain(with_training(recipe, micro_batch_rows=2), report=quiet).state.history)
     assert whole == pytest.approx(parts, rel=1e-2)
     assert whole[0] == pytest.approx(parts[0], rel=1e-6)

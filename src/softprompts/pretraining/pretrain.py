@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from softprompts.config import to_dict
-from softprompts.errors import TrainingInterrupted
+from softprompts.errors import CheckpointError, TrainingInterrupted
 from softprompts.pretraining.checkpoint import RunState, load_checkpoint, save_checkpoint
 from softprompts.pretraining.model import build_model, export, loss_function, pick_device
 from softprompts.pretraining.optim import build_optimizers, decay_start
@@ -73,9 +73,16 @@ def pretrain(
 
     Raises:
         TrainingInterrupted: SIGINT or SIGTERM came, or ``max_steps`` was reached; the state was saved first.
-        CheckpointError: There is nothing to resume from, or it belongs to another recipe.
+        CheckpointError: There is nothing to resume from, or it belongs to another recipe; or, without ``resume``, the
+            folder holds a run already.
         DataError: The corpus is missing or unusable.
     """
+    checkpoint = Path(recipe.output.output_dir) / "checkpoint.pt"
+    if checkpoint.is_file() and not resume:
+        raise CheckpointError(
+            f"'{checkpoint}' holds the state of a run, which starting over would destroy; "
+            "add --resume to go on with it, choose another output.output_dir, or delete it"
+        )
     run = Run(recipe, report)
     if resume:
         run.resume()
