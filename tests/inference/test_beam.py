@@ -45,11 +45,11 @@ def beam_search(next_logits, inputs, config, banned=()):
     return [done[index] for index in range(len(inputs))]
 
 
-INPUTS = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 1, 4], [2, 2, 2], [9, 3, 5]]
+INPUTS = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 1, 4]]
 
 
-@pytest.mark.parametrize("beams", [2, 3, 5])
-@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 0.8, 1.0, 2.0])
+@pytest.mark.parametrize("beams", [2, 5])
+@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 0.8, 2.0])
 @pytest.mark.parametrize(("min_new_tokens", "banned"), [(0, ()), (3, ([3], [5, 6], [1, 2, 7]))])
 def test_equals_transformers(gpt2, beams, length_penalty, min_new_tokens, banned):
     config = DecodingConfig(

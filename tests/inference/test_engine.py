@@ -17,20 +17,20 @@ from softprompts.prompts import prompt_from_table
 from softprompts.types import Encoded, Example
 
 EOS = 256
-TEXTS = ["name : Blue", "the cat", "A", "one two three four", "zebra!", "0123"]
+TEXTS = ["the cat", "A", "one two three four", "0123"]
 FEW = [[token] for token in range(260) if not 97 <= token < 103 and token != EOS]
 """Bans that leave six tokens and the end, so that the random models end a text now and then."""
 
 OPTIONS = {
-    "greedy": DecodingConfig(max_new_tokens=14),
-    "greedy-min": DecodingConfig(max_new_tokens=14, min_new_tokens=6),
-    "beam-1": DecodingConfig(strategy="beam", beams=1, max_new_tokens=14),
-    "beam-3": DecodingConfig(strategy="beam", beams=3, max_new_tokens=14),
-    "beam-5": DecodingConfig(strategy="beam", beams=5, max_new_tokens=14, min_new_tokens=5),
-    "beam-5-long": DecodingConfig(strategy="beam", beams=5, max_new_tokens=14, length_penalty=2.0),
-    "beam-5-short": DecodingConfig(strategy="beam", beams=5, max_new_tokens=14, length_penalty=-0.5),
+    "greedy": DecodingConfig(max_new_tokens=12),
+    "greedy-min": DecodingConfig(max_new_tokens=12, min_new_tokens=6),
+    "beam-1": DecodingConfig(strategy="beam", beams=1, max_new_tokens=12),
+    "beam-3": DecodingConfig(strategy="beam", beams=3, max_new_tokens=12),
+    "beam-5": DecodingConfig(strategy="beam", beams=5, max_new_tokens=12, min_new_tokens=5),
+    "beam-5-long": DecodingConfig(strategy="beam", beams=5, max_new_tokens=12, length_penalty=2.0),
+    "beam-5-short": DecodingConfig(strategy="beam", beams=5, max_new_tokens=12, length_penalty=-0.5),
 }
-SAMPLE = DecodingConfig(strategy="sample", max_new_tokens=14, temperature=0.9, top_k=20, top_p=0.95)
+SAMPLE = DecodingConfig(strategy="sample", max_new_tokens=12, temperature=0.9, top_k=20, top_p=0.95)
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
@@ -203,6 +203,18 @@ def test_what_cannot_run_is_refused_before_anything_runs(pair, monkeypatch):
         engine.generate([replace(short, prompt=1)], config)
     with pytest.raises(ConfigError, match="top_p"):
         engine.generate([short], replace(config, top_p=0.0))
+
+
+def test_gradient_checkpointing_changes_nothing(pair):
+    """Validation generates in the middle of training, when layers recompute and would rather have no cache."""
+    frozen, _ = pair
+    checkpointing = FrozenLM.from_model(tiny_model(frozen.geometry.family), frozen.tokenizer)
+    checkpointing.enable_gradient_checkpointing()
+    rows = rows_of(frozen, TEXTS)
+    for config in (OPTIONS["greedy"], OPTIONS["beam-3"]):
+        ours = Engine(PromptedLM(checkpointing)).generate(rows, config, banned_ids=FEW)
+        theirs = Engine(PromptedLM(frozen)).generate(rows, config, banned_ids=FEW)
+        assert [one.ids for one in ours] == [one.ids for one in theirs]
 
 
 @pytest.mark.parametrize("name", ["greedy", "beam-3", "sample"])
