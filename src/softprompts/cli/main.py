@@ -45,6 +45,7 @@ VERBS = (
     Verb("evaluate", "softprompts.cli.evaluate", "evaluate", "Score a prompt on a task, with standard errors."),
     Verb("generate", "softprompts.cli.evaluate", "generate", "Lines in, lines out, each with a prompt of its own."),
     Verb("inspect", "softprompts.cli.inspect", "inspect", "Say what a saved prompt is and which model it is for."),
+    Verb("convert", "softprompts.cli.convert", "convert", "Turn a saved prompt into PEFT's format, or back."),
 )
 
 
@@ -143,7 +144,10 @@ def _be_a_good_neighbour() -> None:
     """Set what the numerical libraries read when they are first imported, unless the user has set it.
 
     Threads that wait for work sleep instead of spinning: with more threads than free cores, spinning ones take the
-    cores from those that have work. Tokenizers start no thread pool of their own, which would warn after a fork.
+    cores from those that have work. Tokenizers start no thread pool of their own, which would warn after a fork. The
+    hub's and the loader's progress bars are for a terminal; in a log they are noise.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
