@@ -122,6 +122,7 @@ def test_report_holds_metrics_losses_and_facts(frozen, engine, tmp_path):
     assert (content["task"], content["records"], content["decoding"]["max_new_tokens"]) == ("toy", 5, 8)
     assert set(content["metrics"]) == {"rouge_l", "exact_match", "loss", "perplexity"}
     assert content["target_tokens"] == sum(len(e.target) + 1 for e in EXAMPLES)
+    assert (content["seed"], content["resamples"]) == (0, 50)
     assert content["seconds"]["generate"] > 0
     samples = [json.loads(line) for line in (tmp_path / "out" / "run" / "samples.jsonl").read_text().splitlines()]
     assert [one["prediction"] for one in samples] == texts

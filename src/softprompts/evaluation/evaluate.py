@@ -104,6 +104,8 @@ class EvaluationReport:
     losses: TargetLosses | None
     decoding: DecodingConfig
     seed: int
+    resamples: int
+    """Of the bootstrap behind the metrics' standard errors."""
     seconds: Mapping[str, float]
     """Wall-clock time of ``generate`` and of ``loss``."""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -125,6 +127,7 @@ class EvaluationReport:
             "generated_tokens": generated,
             "decoding": to_dict(self.decoding),
             "seed": self.seed,
+            "resamples": self.resamples,
             "seconds": dict(self.seconds),
         }
 
@@ -203,6 +206,7 @@ def evaluate(
         losses=losses,
         decoding=decoding,
         seed=seed,
+        resamples=resamples,
         seconds={"generate": generated - measured, "loss": measured - started},
         facts=dict(facts or {}),
     )
