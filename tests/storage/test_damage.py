@@ -22,7 +22,7 @@ from softprompts.errors import ArtifactError
 from softprompts.storage import PromptInfo, load_prompt, read_info
 from softprompts.storage.manifest import TensorFile, parse_manifest, render_manifest
 
-FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FILES = ["prompt.json", "prompt.safetensors"]
 
 

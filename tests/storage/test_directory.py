@@ -226,7 +226,7 @@ def test_a_reader_never_sees_a_half_replaced_prompt(tmp_path: Path, model, make_
     writer = threading.Thread(target=keep_writing)
     writer.start()
     try:
-        for _ in range(150):
+        for _ in range(80):
             loaded = load_prompt(tmp_path / "t", model).prompt
             assert torch.equal(loaded.table_PW, prompts[loaded.length - 2].table_PW)
             assert read_info(tmp_path / "t").length in (2, 3)
