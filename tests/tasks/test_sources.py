@@ -68,6 +68,21 @@ def test_a_damaged_gzip_file_is_our_error(jsonl: Path, damage):
         read_records(path)
 
 
+def test_damage_inside_the_compressed_data_is_our_error(tmp_path: Path):
+    path = tmp_path / "rows.jsonl.gz"
+    data = bytearray(gzip.compress(b'{"a": 1}\n', mtime=0))
+    data[10] |= 0b110  # an illegal block type: zlib.error, which is no OSError
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="gzip"):
+        read_records(path)
+
+
+def test_a_byte_order_mark_in_a_compressed_file(tmp_path: Path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress('\ufeff{"a": 1}'.encode()))
+    assert read_records(path) == [{"a": 1}]
+
+
 def test_csv_and_tsv(tmp_path: Path):
     (tmp_path / "rows.csv").write_text('text,label\n"two\nlines, one field",1\n\nplain,0\n', encoding="utf-8")
     (tmp_path / "rows.tsv").write_text("text\tlabel\na, b\t1\n", encoding="utf-8")
