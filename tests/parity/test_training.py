@@ -32,7 +32,7 @@ from softprompts.types import Encoded, Example
 STEPS = 12
 TEXTS = [("a cat", "meows"), ("a big dog", "barks!"), ("cow", "moo"), ("one very old owl", "hoots at night")]
 CONFIG = TrainingConfig(
-    max_steps=STEPS, batch_size=2, accumulation_steps=2, validate_every_steps=5, checkpoint_every_steps=3, seed=1
+    max_steps=STEPS, batch_size=2, accumulation_steps=2, validate_every_steps=5, checkpoint_every_steps=6, seed=1
 )
 
 

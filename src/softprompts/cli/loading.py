@@ -34,8 +34,11 @@ def load_frozen(config: ModelConfig) -> FrozenLM:
         DataNotFoundError: There is no such model.
         UnsupportedModelError: It cannot be steered correctly.
     """
+    from transformers.utils import logging
+
     from softprompts.models import FrozenLM
 
+    logging.disable_progress_bar()  # a bar for loading weights would stand between the verb's own lines
     frozen = FrozenLM.load(
         resolve_model(config.name_or_path),
         dtype=config.dtype,
@@ -44,8 +47,9 @@ def load_frozen(config: ModelConfig) -> FrozenLM:
         quantization=config.quantization,
         gradient_checkpointing=config.gradient_checkpointing,
     )
-    # A path differs from machine to machine; what people call the model does not.
-    frozen.name = config.name_or_path if config.name_or_path == BUNDLED else Path(frozen.name).name or frozen.name
+    # A folder differs from machine to machine; what people call the model, or its name on the hub, does not.
+    is_folder = Path(config.name_or_path).is_dir() and config.name_or_path != BUNDLED
+    frozen.name = Path(config.name_or_path).resolve().name if is_folder else config.name_or_path
     return frozen
 
 
