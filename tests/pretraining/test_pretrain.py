@@ -164,6 +164,17 @@ def test_micro_batches_sum_to_the_whole_batch(recipe: PretrainRecipe, tmp_path: 
         LMTrainingConfig(batch_rows=4, micro_batch_rows=3)
 
 
+def test_short_rows_keep_the_tokens_of_a_step(recipe: PretrainRecipe, tmp_path: Path) -> None:
+    with pytest.raises(TrainingInterrupted):
+        pretrain(with_training(recipe, row_tokens=8), report=quiet, max_steps=5)
+    run = Run(recipe, quiet)
+    run.resume()
+    assert (run.state.step, run.state.tokens) == (5, 5 * 4 * 32)
+    assert run.train().state.tokens == recipe.training.total_tokens
+    with pytest.raises(ConfigError, match=r"expected a divisor of model\.context 32"):
+        with_training(recipe, row_tokens=7)
+
+
 def test_rows_cover_the_file_once_an_epoch() -> None:
     import numpy as np
 

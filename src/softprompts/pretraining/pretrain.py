@@ -106,7 +106,9 @@ class Run:
         self.loss_function = loss_function(self.model, recipe.training)
         # Never compiled: held-out batches come in many sizes, and each would be compiled anew.
         self.evaluation_loss = loss_function(self.model, dataclasses.replace(recipe.training, compile=False))
-        self.rows = Rows(self.files.train(), recipe.model.context, recipe.training.seed)
+        row = recipe.training.row_tokens or recipe.model.context
+        self.rows = Rows(self.files.train(), row, recipe.training.seed)
+        self.batch_rows = recipe.training.batch_rows * recipe.model.context // row
         self.state = RunState()
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.total_steps = max(1, recipe.training.total_tokens // (recipe.training.batch_rows * recipe.model.context))
@@ -136,7 +138,7 @@ class Run:
         saved = exported = time.monotonic()
         self.report(
             f"{self.parameters / 1e6:.2f} M parameters, {self.total_steps} steps of "
-            f"{self.recipe.training.batch_rows} x {self.recipe.model.context} tokens"
+            f"{self.batch_rows} x {self.rows.context} tokens"
         )
         done = 0
         with _StopSignal() as stop, Progress(self, self.report) as progress:
@@ -144,7 +146,7 @@ class Run:
                 self._keep_stable()
                 event = train_step(
                     self.model, self.optimizers, self.loss_function, self.rows, self.state,
-                    self.recipe.training, self.recipe.optimizer, self.total_steps,
+                    self.recipe.training, self.recipe.optimizer, self.batch_rows, self.total_steps,
                 )  # fmt: skip
                 done += 1
                 progress.step(event)

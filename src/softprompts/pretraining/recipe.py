@@ -112,6 +112,9 @@ class LMTrainingConfig:
     batch_rows: int = 16
     micro_batch_rows: int | None = None
     """Rows per backward pass; ``None``: all at once."""
+    row_tokens: int | None = None
+    """Train on rows shorter than the context: cheaper attention, more rows, as many tokens a step. For a first phase;
+    positions past the rows are learned only by rows as long as the context. ``None``: the context."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int = 100
     decay_fraction: float = 0.2
@@ -127,8 +130,15 @@ class LMTrainingConfig:
                 f"batch_rows {self.batch_rows} is no multiple of micro_batch_rows {self.micro_batch_rows}; "
                 "every backward pass must have the same size"
             )
+        if self.row_tokens is not None and self.row_tokens < 2:
+            raise ConfigError(f"row_tokens is {self.row_tokens}, expected a divisor of the context, at least 2")
         if not 0.0 <= self.decay_fraction <= 1.0:
             raise ConfigError(f"decay_fraction is {self.decay_fraction}, expected a share between 0 and 1")
+
+    @property
+    def micro_batches(self) -> int:
+        """Backward passes per step."""
+        return self.batch_rows // (self.micro_batch_rows or self.batch_rows)
 
 
 @dataclass(frozen=True)
@@ -159,3 +169,11 @@ class PretrainRecipe:
     optimizer: LMOptimizerConfig = field(default_factory=LMOptimizerConfig)
     training: LMTrainingConfig = field(default_factory=LMTrainingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        row = self.training.row_tokens
+        if row is not None and self.model.context % row:
+            raise ConfigError(
+                f"training.row_tokens is {row}, expected a divisor of model.context {self.model.context}, "
+                "so that every step has the same number of tokens"
+            )

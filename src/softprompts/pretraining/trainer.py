@@ -61,9 +61,10 @@ def train_step(
     state: RunState,
     training: LMTrainingConfig,
     optimizer_config: LMOptimizerConfig,
+    batch_rows: int,
     total_steps: int,
 ) -> dict[str, Any]:
-    """Do one optimizer step and advance ``state``.
+    """Do one optimizer step on ``batch_rows`` rows and advance ``state``.
 
     Returns:
         ``step`` (done so far), ``tokens``, ``loss`` in nats per token, ``grad_norm``, ``rate`` (share of the peak).
@@ -74,9 +75,8 @@ def train_step(
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
     device = next(model.parameters()).device
-    batch = rows.batch(state.step * training.batch_rows, training.batch_rows).to(device)
-    micro = training.micro_batch_rows or training.batch_rows
-    parts = batch.split(micro)
+    batch = rows.batch(state.step * batch_rows, batch_rows).to(device)
+    parts = batch.split(batch_rows // training.micro_batches)
     loss = torch.zeros((), device=device)
     for part in parts:
         part_loss = loss_function(part) / len(parts)
@@ -87,7 +87,7 @@ def train_step(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    state.tokens += training.batch_rows * rows.context
+    state.tokens += batch_rows * rows.context
     state.seconds += time.perf_counter() - started
     return {
         "step": state.step,
