@@ -80,9 +80,18 @@ def test_a_random_model_copies_nothing(model: LlamaForCausalLM, tokenizer: PreTr
     result = copying(model, tokenizer, count=12)
     assert result["accuracy"] == 0.0
     assert len(result) == 2 + len(COPY_TEMPLATES)
-    repeated = induction(model, vocabulary=400, count=4, length=8)
+    repeated = induction(model, tokenizer, count=4, length=8)
     assert repeated["accuracy"] < 0.2
     assert repeated["loss"] == pytest.approx(torch.log(torch.tensor(400.0)).item(), abs=0.5)
+    assert repeated["first_loss"] == pytest.approx(repeated["loss"], abs=0.5)
+
+
+def test_induction_needs_words(model: LlamaForCausalLM) -> None:
+    bytes_only = PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer([], TokenizerConfig(vocab_size=300)), bos_token=END_OF_TEXT
+    )
+    with pytest.raises(DataError, match="has 0 tokens that are words"):
+        induction(model, bytes_only)
 
 
 def test_copying_is_perfect_for_a_model_that_copies(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -102,6 +111,7 @@ def test_copying_is_perfect_for_a_model_that_copies(tokenizer: PreTrainedTokeniz
             return output
 
     assert copying(Oracle(), tokenizer, count=12)["accuracy"] == 1.0  # type: ignore[arg-type]
+    assert induction(Oracle(), tokenizer, count=4, length=8)["accuracy"] == 1.0  # type: ignore[arg-type]
 
 
 def test_samples_begin_with_their_prompts(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -45,7 +45,7 @@ def measure(
     """Run every probe: BLiMP (if its file is given), copying, induction, and sample texts at temperature 0.7 and 0."""
     results: dict[str, Any] = {
         "copying": copying(model, tokenizer),
-        "induction": induction(model, int(model.config.vocab_size)),
+        "induction": induction(model, tokenizer),
         "samples": sample(model, tokenizer, SAMPLE_PROMPTS),
         "greedy_samples": sample(model, tokenizer, SAMPLE_PROMPTS, temperature=0.0),
     }
@@ -171,7 +171,7 @@ def _quality_tables(result: dict[str, Any], probes: dict[str, Any]) -> str:
     ]
     for number, value in ((k, v) for k, v in copied.items() if k.startswith("template_")):
         lines.append(f"| ... {number.replace('_', ' ')} | {100 * value:.0f} % |")
-    lines.append(f"| next token of a repeated row of random tokens | {100 * repeated['accuracy']:.1f} % |")
+    lines.append(f"| next word of a list of 20 random words, the second time | {100 * repeated['accuracy']:.1f} % |")
     if "blimp" in probes:
         scored = probes["blimp"]
         lines.append(

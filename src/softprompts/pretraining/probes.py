@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -190,28 +191,38 @@ def copying(
 
 @torch.no_grad()
 def induction(
-    model: PreTrainedModel, vocabulary: int, count: int = 32, length: int = 20, seed: int = 0
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int = 32, length: int = 20, seed: int = 0
 ) -> dict[str, float]:
-    """Repeat a random row of tokens and measure the second half (induction, Olsson et al. 2022).
+    """Say a list of random words twice and measure the second time (induction, Olsson et al. 2022).
 
     Args:
         model: A causal LM.
-        vocabulary: Tokens are drawn from ``[300, vocabulary)``, past special tokens and single bytes.
-        count: Rows.
-        length: Tokens before the repetition.
-        seed: Of the rows.
+        tokenizer: Its tokenizer; the words are its tokens of one blank and at least three lower-case letters.
+        count: Lists.
+        length: Words in a list, all different; fewer where the tokenizer knows fewer.
+        seed: Of the lists.
 
     Returns:
-        ``accuracy`` (greedy, given the tokens before) and ``loss`` in nats, on the repetition without its first token.
+        ``accuracy`` (greedy, given the tokens before) and ``loss`` in nats on the repetition without its first word,
+        and ``first_loss`` on the same words said for the first time.
+
+    Raises:
+        DataError: Hardly any token is a word.
     """
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(min(300, vocabulary // 2), vocabulary, (count, length), generator=generator)
-    ids = torch.cat([torch.zeros(count, 1, dtype=torch.long), first, first], dim=1).to(model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[:, length + 1 : -1].float()
-    targets = ids[:, length + 2 :]
+    words = [i for i in range(len(tokenizer)) if re.fullmatch(r" [a-z]{3,}", str(tokenizer.decode([i])))]
+    if len(words) < 4:
+        raise DataError(f"the tokenizer has {len(words)} tokens that are words, expected at least 4")
+    length = min(length, len(words))
+    rng = random.Random(seed)
+    lists = [rng.sample(words, length) for _ in range(count)]
+    start = _with_start(tokenizer, "")
+    ids = torch.tensor([start + row + row for row in lists], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     return {
-        "accuracy": float((logits.argmax(-1) == targets).float().mean()),
-        "loss": float(F.cross_entropy(logits.flatten(0, 1), targets.flatten())),
+        "accuracy": float((logits.argmax(-1) == ids[:, 1:])[:, length + 1 :].float().mean()),
+        "loss": float(losses[:, length + 1 :].mean()),
+        "first_loss": float(losses[:, 1:length].mean()),
     }
 
 
