@@ -86,6 +86,7 @@ def export(model: LlamaForCausalLM, files: TokenFiles, folder: Path, dtype: torc
     weights = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.state_dict().items()}
     weights.pop("lm_head.weight", None)  # tied to the embeddings
     save_file(weights, str(scratch / "model.safetensors"), metadata={"format": "pt"})
+    (scratch / "model.safetensors").chmod(0o644)  # safetensors leaves it to its owner alone
     clean.save_pretrained(str(scratch))
     save_tokenizer(files.tokenizer, scratch, model.config.max_position_embeddings)
     _replace_folder(scratch, folder)

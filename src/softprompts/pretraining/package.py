@@ -91,6 +91,7 @@ def package(
     scratch.mkdir(parents=True)
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(final / "model.safetensors").items()}
     save_file(weights, scratch / "model.safetensors", metadata={"format": "pt"})
+    (scratch / "model.safetensors").chmod(0o644)  # safetensors leaves it to its owner alone
     for name in _FILES:
         if (final / name).is_file():
             shutil.copy(final / name, scratch / name)
