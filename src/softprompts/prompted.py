@@ -87,21 +87,10 @@ class PromptedLM(nn.Module):
             return states
         return PromptStates(length=states.length, keys_values=self.frozen.activations(states.embeddings_PD))
 
-    def hidden_states(self, batch: Batch, states: Sequence[PromptStates], cache: DynamicCache | None = None) -> Tensor:
-        """Run the text of a batch behind its prompts.
-
-        Args:
-            batch: Ids, mask and the prompt of each row.
-            states: What :meth:`states` returned.
-            cache: Where to keep the text's own keys and values, for decoding.
-
-        Returns:
-            ``[B, T, D]``; meaningless at pads.
-
-        Raises:
-            LengthError: A row does not fit into the context.
-        """
-        steering, length_B = self._steering(batch, states)
+    def _hidden_states(
+        self, batch: Batch, steering: Steering, length_B: Tensor, cache: DynamicCache | None = None
+    ) -> Tensor:
+        """Run the text of a batch behind its prompts; ``[B, T, D]``, meaningless at pads."""
         mask_BT = batch.mask_BT
         check_length(self.frozen.geometry, int(length_B.max()), int(mask_BT.sum(dim=1).max()))
         return self.frozen.hidden_states(
@@ -135,9 +124,12 @@ class PromptedLM(nn.Module):
 
         Raises:
             DataError: There are no labels, or one stands first in its row.
+            LengthError: A row does not fit into the context.
+            PromptMismatchError: A row asks for a prompt that is not there.
         """
         row_M, column_M, labels_M = label_positions(batch)
-        hidden_BTD = self.hidden_states(batch, self.states() if states is None else states)
+        steering, length_B = self._steering(batch, self.states() if states is None else states)
+        hidden_BTD = self._hidden_states(batch, steering, length_B)
         return LabelLogits(self.frozen.head(hidden_BTD[row_M, column_M]), labels_M, row_M)
 
     @torch.no_grad()
@@ -151,11 +143,10 @@ class PromptedLM(nn.Module):
         Returns:
             Logits ``[B, V]`` in float32 and the state to go on from.
         """
-        states = self.states() if states is None else states
-        batch = left_aligned(batch)
-        cache = DynamicCache()
-        hidden_BTD = self.hidden_states(batch, states, cache)
-        steering, length_B = self._steering(batch, states)
+        batch, cache = left_aligned(batch), DynamicCache()
+        steering, length_B = self._steering(batch, self.states() if states is None else states)
+        hidden_BTD = self._hidden_states(batch, steering, length_B, cache)
+        steering.begin()
         state = DecodeState(cache, batch.mask_BT, length_B + batch.mask_BT.sum(dim=1), steering)
         return self.frozen.head(hidden_BTD[:, -1]), state
 
