@@ -25,6 +25,7 @@ from softprompts.models.inputs import (
     left_aligned,
     position_ids,
     prompt_lengths,
+    prompts_in_use,
     rows_of_prompts,
     visible_positions,
 )
@@ -109,11 +110,9 @@ class PromptedLM(nn.Module):
                 f"a row asks for prompt {int(prompt_of_row_B.max())}, but there are {known} prompts (counted from 0, "
                 "-1 for none)"
             )
-        keys_values = rows_of_prompts(states, prompt_of_row_B)
-        visible = visible_positions(states, prompt_of_row_B) if keys_values else None
-        if len(torch.unique(prompt_of_row_B)) == 1:
-            visible = None  # one prompt for all rows is not padded
-        return Steering(self.frozen.layer_of, keys_values, visible), prompt_lengths(states, prompt_of_row_B)
+        used, row_B = prompts_in_use(states, prompt_of_row_B)
+        steering = Steering(self.frozen.layer_of, rows_of_prompts(used, row_B), visible_positions(used, row_B))
+        return steering, prompt_lengths(used, row_B)
 
     def label_logits(self, batch: Batch, states: Sequence[PromptStates] | None = None) -> LabelLogits:
         """Predict the labels of a batch. The head runs on label positions only.

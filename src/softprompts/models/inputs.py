@@ -23,6 +23,7 @@ __all__ = [
     "left_aligned",
     "position_ids",
     "prompt_lengths",
+    "prompts_in_use",
     "rows_of_prompts",
     "visible_positions",
 ]
@@ -77,30 +78,40 @@ def visible_positions(states: Sequence[PromptStates], prompt_of_row_B: Tensor) -
     return torch.arange(longest, device=length_B.device)[None, :] < length_B[:, None]
 
 
+def prompts_in_use(states: Sequence[PromptStates], prompt_of_row_B: Tensor) -> tuple[list[PromptStates], Tensor]:
+    """Leave out the prompts that no row of this batch carries (thousands may be resident).
+
+    Returns:
+        The prompts in use, and the rows' indices into them (-1 stays -1).
+    """
+    used = torch.unique(prompt_of_row_B)
+    used = used[used >= 0]
+    renumbered = torch.full((len(states) + 1,), -1, device=used.device)  # the entry at the end is that of index -1
+    renumbered[used] = torch.arange(len(used), device=used.device)
+    return [states[index] for index in used.tolist()], renumbered[prompt_of_row_B]
+
+
 def rows_of_prompts(
     states: Sequence[PromptStates], prompt_of_row_B: Tensor
 ) -> Mapping[LayerKey, tuple[Tensor, Tensor]]:
     """Lay the prompts' keys and values out for the rows of a batch.
 
     Args:
-        states: One entry per prompt, keys and values ``[N, P, H]``.
+        states: The prompts in use, keys and values ``[N, P, H]``.
         prompt_of_row_B: Index of each row's prompt, -1 for none.
 
     Returns:
-        Per layer ``[1, N, P, H]`` where all rows share one prompt (it is never copied per row), otherwise
-        ``[B, N, P, H]``, shorter prompts padded at their end with zeros that no row sees.
+        Per layer ``[1, N, P, H]`` where there is one prompt (it is never copied per row), otherwise ``[B, N, P, H]``,
+        shorter prompts padded at their end with zeros that no row sees.
     """
-    used = torch.unique(prompt_of_row_B).tolist()
-    if not states or used == [-1]:
-        return {}
-    if len(used) == 1:
-        return {layer: (k[None], v[None]) for layer, (k, v) in states[used[0]].keys_values.items()}
-    longest = max(state.length for state in states)
+    if len(states) == 1:
+        return {layer: (keys[None], values[None]) for layer, (keys, values) in states[0].keys_values.items()}
     layers: dict[LayerKey, tuple[Tensor, Tensor]] = {}
-    for state in states:
-        layers.update(dict.fromkeys(state.keys_values, (prompt_of_row_B, prompt_of_row_B)))
+    if not states:
+        return layers
+    longest = max(state.length for state in states)
     index_B = prompt_of_row_B.clamp(min=0)
-    for layer in layers:
+    for layer in states[0].keys_values:
         keys_K = torch.stack([_padded(state.keys_values[layer][0], longest) for state in states])
         values_K = torch.stack([_padded(state.keys_values[layer][1], longest) for state in states])
         layers[layer] = (keys_K[index_B], values_K[index_B])
