@@ -87,9 +87,9 @@ def test_fingerprint_of_100_million_parameters_takes_under_a_second() -> None:
     frozen = object.__new__(FrozenLM)
     frozen.model = model
     assert frozen.parameter_count > 100e6
-    start = time.perf_counter()
+    start = time.process_time()  # of all threads; a busy machine makes the clock on the wall mean little
     assert len(frozen.fingerprint) == 16
-    assert time.perf_counter() - start < 2.0  # 0.3 s on an idle core; the bound leaves room for a busy machine
+    assert time.process_time() - start < 1.0
 
 
 def test_tokenizer_fingerprint() -> None:
