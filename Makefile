@@ -23,8 +23,8 @@ quickstart: $(VENV)/.base ## train a prompt on the bundled model and show before
 test: $(VENV)/.dev ## the quick tests (no network, no GPU)
 	@$(PYTEST) -n $(WORKERS) $(ARGS)
 
-lint: $(VENV)/.dev ## ruff, on src, tests and scripts
-	@$(BIN)/ruff check src tests scripts
+lint: $(VENV)/.dev ## ruff
+	@$(BIN)/ruff check src tests scripts benchmarks
 
 types: $(VENV)/.dev ## mypy, strict, on src
 	@$(BIN)/mypy
@@ -38,7 +38,7 @@ reference: $(VENV)/.dev ## write docs/reference anew from the code
 	@$(BIN)/python scripts/generate_reference.py
 
 format: $(VENV)/.dev ## let ruff mend what it can
-	@$(BIN)/ruff check --fix src tests scripts
+	@$(BIN)/ruff check --fix src tests scripts benchmarks
 
 clean: ## remove the virtual environment and every cache
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
