@@ -59,6 +59,31 @@ def test_killed_at_any_step_and_resumed_is_bit_identical(recipe: PretrainRecipe,
         assert all(torch.equal(resumed[name], weights[name]) for name in weights)
 
 
+def test_killed_without_a_chance_to_save_goes_on_from_the_last_checkpoint(
+    recipe: PretrainRecipe, tmp_path: Path
+) -> None:
+    expected = losses(pretrain(recipe, report=quiet).state.history)
+    (tmp_path / "checkpoint.pt").unlink()
+    with pytest.raises(TrainingInterrupted):
+        pretrain(recipe, report=quiet, max_steps=4)
+    run = Run(recipe, quiet)
+    run.resume()
+    inner = run.loss_function
+
+    def die_in_step_8(ids: torch.Tensor) -> torch.Tensor:
+        if run.state.step == 7:
+            raise KeyboardInterrupt
+        return inner(ids)
+
+    run.loss_function = die_in_step_8
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert len((tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()) == 7
+    assert losses(pretrain(recipe, resume=True, report=quiet).state.history) == expected
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [event["step"] for event in events] == list(range(1, 13))
+
+
 def test_a_signal_saves_and_stops(recipe: PretrainRecipe, tmp_path: Path) -> None:
     run = Run(recipe, quiet)
     inner, calls = run.loss_function, 0

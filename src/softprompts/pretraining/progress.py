@@ -39,7 +39,9 @@ class Progress:
         self._bar: RichProgress | None = None
 
     def __enter__(self) -> Progress:
-        self._log = (self.run.folder / "log.jsonl").open("a", encoding="utf-8")
+        # Written anew: after a crash the file may hold steps that the checkpoint does not, and they will be done again.
+        self._log = (self.run.folder / "log.jsonl").open("w", encoding="utf-8")
+        self._log.writelines(json.dumps(event) + "\n" for event in self.run.state.history)
         if sys.stderr.isatty():
             self._bar = RichProgress(
                 TextColumn("pretrain"), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn()
