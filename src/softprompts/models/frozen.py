@@ -222,7 +222,8 @@ class FrozenLM:
         Byte-level vocabularies hold a word with the space in front of it; SentencePiece adds that space by itself.
         """
         adds_space = str(self.tokenizer.convert_ids_to_tokens(self.tokenize("a"))[0]).startswith("▁")
-        return self.tokenize(text.strip() if adds_space else f" {text.strip()}")
+        words = text.strip(" ")  # line breaks are kept: an initial text may be a whole example, its end included
+        return self.tokenize(words if adds_space else f" {words}")
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Input embeddings ``[len(ids), D]``, computed by the model's own module (some families scale inside it)."""
