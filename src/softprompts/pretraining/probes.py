@@ -193,7 +193,7 @@ def copying(
 def induction(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int = 32, length: int = 20, seed: int = 0
 ) -> dict[str, float]:
-    """Say a list of random words twice and measure the second time (induction, Olsson et al. 2022).
+    """Say a list of random words twice, commas between, and measure the second time (induction, Olsson et al. 2022).
 
     Args:
         model: A causal LM.
@@ -203,8 +203,8 @@ def induction(
         seed: Of the lists.
 
     Returns:
-        ``accuracy`` (greedy, given the tokens before) and ``loss`` in nats on the repetition without its first word,
-        and ``first_loss`` on the same words said for the first time.
+        ``accuracy`` (greedy, given the tokens before) and ``loss`` in nats on the words of the repetition but its
+        first, and ``first_loss`` on the same words said for the first time.
 
     Raises:
         DataError: Hardly any token is a word.
@@ -214,15 +214,22 @@ def induction(
         raise DataError(f"the tokenizer has {len(words)} tokens that are words, expected at least 4")
     length = min(length, len(words))
     rng = random.Random(seed)
-    lists = [rng.sample(words, length) for _ in range(count)]
-    start = _with_start(tokenizer, "")
-    ids = torch.tensor([start + row + row for row in lists], device=model.device)
+    comma, line_break = _ids(tokenizer, ","), _ids(tokenizer, "\n")
+    start, rows = _with_start(tokenizer, ""), []
+    for _ in range(count):
+        once = [token for word in rng.sample(words, length) for token in (word, *comma)]
+        rows.append(start + once + line_break + once)
+    ids = torch.tensor(rows, device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    stride = 1 + len(comma)
+    # Entry i of `losses` is about token i + 1; the first word of each list cannot be foretold.
+    first = [len(start) - 1 + stride * i for i in range(1, length)]
+    second = [place + stride * length + len(line_break) for place in first]
     return {
-        "accuracy": float((logits.argmax(-1) == ids[:, 1:])[:, length + 1 :].float().mean()),
-        "loss": float(losses[:, length + 1 :].mean()),
-        "first_loss": float(losses[:, 1:length].mean()),
+        "accuracy": float((logits.argmax(-1) == ids[:, 1:])[:, second].float().mean()),
+        "loss": float(losses[:, second].mean()),
+        "first_loss": float(losses[:, first].mean()),
     }
 
 
