@@ -113,8 +113,8 @@ def test_splits_that_are_not_there(task: Task, files: dict[str, str], monkeypatc
 def test_the_data_folder_goes_before_the_hub(files: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("SOFTPROMPTS_DATA", str(tmp_path))
     source = Source(local={"dev": "dev.jsonl", "test": "no.jsonl"}, hub={"dev": "datasets:a/b", "test": "datasets:a/c"})
-    assert source.locate("dev") == files["dev"]
-    assert source.locate("test") == "datasets:a/c"
+    assert source.locate("dev") == (files["dev"],)
+    assert source.locate("test") == ("datasets:a/c",)
 
 
 def test_a_recipe_sets_files_and_separator(task: Task, tmp_path: Path):

@@ -17,6 +17,7 @@ __all__ = [
     "PromptConfig",
     "ReparamConfig",
     "ScheduleConfig",
+    "SettingConfig",
     "TaskConfig",
     "TrainRecipe",
     "TrainingConfig",
@@ -34,6 +35,30 @@ class ModelConfig:
     revision: str | None = None
     quantization: str | None = None
     gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class SettingConfig:
+    """Which part of a task is trained on and which is judged: the papers' settings, reproducible from these values."""
+
+    name: str | None = None
+    """A setting that the task itself names, such as ``unseen`` of ``webnlg``; keys given beside it win."""
+    low_data: int | None = None
+    """Train on so many rows (prefix-tuning paper: 50, 100, 200 or 500), drawn by ``subsample``."""
+    subsample: int = 0
+    """Which random subsample; of one subsample, fewer rows are a part of more rows."""
+    dev_fraction: float = 0.3
+    """Size of the dev split of a low-data run, as a share of its training rows (paper: 30 %)."""
+    by: str | None = None
+    """Field of the records that holds the category; ``None`` takes the task's own."""
+    train_on: tuple[str, ...] = ()
+    """Categories of train and dev (patterns such as ``news/*``); empty means all."""
+    judge_on: tuple[str, ...] = ()
+    """Categories of test; empty means all. What ``train_on`` matches is never among them."""
+    judge_task: str | None = None
+    """Domain shift: the test split is another task's, its label words replaced by those trained on."""
+    judge_split: Literal["dev", "test"] = "dev"
+    """The split of ``judge_task`` that is judged (papers: dev)."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +83,7 @@ class TaskConfig:
     """What happens to a text longer than ``max_length``: refuse it, or cut its input (never its target)."""
     limit_train: int | None = None
     limit_dev: int | None = None
+    setting: SettingConfig = field(default_factory=SettingConfig)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ carries the space in front of it, so the space belongs to the piece that it begi
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,13 +18,25 @@ from typing import Any, Protocol
 from softprompts.errors import ConfigError, DataError, nearest
 from softprompts.types import Example, Segment
 
-__all__ = ["END_TOKEN", "Format", "TextFormat", "field", "parse_separator", "template_format", "text_field"]
+__all__ = [
+    "END_TOKEN",
+    "Format",
+    "TextFormat",
+    "field",
+    "parse_separator",
+    "template_format",
+    "template_words",
+    "text_field",
+    "texts_field",
+]
 
 END_TOKEN = "<end token>"
 """As the text of a separator or an end segment: the tokenizer's end-of-sequence id, whatever it is called there."""
 
 _DEFAULT_SEPARATOR = "\n"
 _MISSING = object()
+_LABELS = re.compile(r"\{([^{}:!]+):([^{}]*=[^{}]*)\}")
+"""A target template that says labels in words."""
 
 
 class Format(Protocol):
@@ -118,6 +131,18 @@ def text_field(record: Mapping[str, Any], name: str) -> str:
     raise DataError(f"field '{name}' is {value!r} of type {type(value).__name__}, expected text")
 
 
+def texts_field(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """Return a field that holds a list of texts.
+
+    Raises:
+        DataError: The field is missing, or is no list of at least one text.
+    """
+    value = field(record, name)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(text, str) for text in value):
+        return tuple(value)
+    raise DataError(f"field '{name}' is {value!r}, expected a list of at least one text")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Templates
 # --------------------------------------------------------------------------------------------------------------------
@@ -129,7 +154,7 @@ def template_format(input_template: str, target_template: str) -> TextFormat:
     What stands behind the last field of the input template (``" Sentiment:"``) becomes the separator: it is kept when a
     long input is cut. Where nothing stands there the separator is a newline. ``{{`` and ``}}`` are literal braces,
     ``{a.b}`` is a nested field. If the target template is one field and that field is a list of texts, they
-    are the references.
+    are the references. ``{label:0=negative|1=positive}`` as the target says labels in words, and refuses any other.
 
     Args:
         input_template: Template of the input, with at least one field.
@@ -140,20 +165,59 @@ def template_format(input_template: str, target_template: str) -> TextFormat:
     """
     parts = _parse_template(input_template, "input")
     tail = parts.pop()[0] if parts[-1][1] is None else ""
-    target = _parse_template(target_template, "target")
-    list_field = target[0][1] if len(target) == 1 and not target[0][0] else None
+    answers = _target_reader(target_template)
 
     def read(record: Mapping[str, Any], split: str) -> list[Example]:
         identity = record.get("id", "")
-        example = Example(_fill(parts, record), "", id=str(identity) if isinstance(identity, (str, int)) else "")
-        if list_field is not None and isinstance(answers := field(record, list_field), (list, tuple)):
-            if not answers or not all(isinstance(answer, str) for answer in answers):
-                raise DataError(f"field '{list_field}' is {answers!r}, expected a text or a list of at least one text")
-            return [replace(example, target=answers[0], references=tuple(answers))]
-        return [replace(example, target=_fill(target, record))]
+        texts, choices = answers(record)
+        return [
+            Example(
+                _fill(parts, record),
+                texts[0],
+                references=texts if len(texts) > 1 else (),
+                choices=choices,
+                id=str(identity) if isinstance(identity, (str, int)) else "",
+            )
+        ]
 
     separator, lead = _separator_and_lead(tail if tail.strip(" ") else _DEFAULT_SEPARATOR)
     return TextFormat(read, separator, target_lead=lead)
+
+
+def template_words(target_template: str) -> tuple[str, ...]:
+    """Return the label words of a target template such as ``{label:0=negative|1=positive}``; others have none."""
+    labels = _LABELS.fullmatch(target_template)
+    return tuple(_words(labels[2], target_template).values()) if labels else ()
+
+
+def _target_reader(template: str) -> Callable[[Mapping[str, Any]], tuple[tuple[str, ...], tuple[str, ...]]]:
+    """``read(record)``: the answers in a record, and the legal ones where the template lists them."""
+    if labels := _LABELS.fullmatch(template):
+        name, words = labels[1], _words(labels[2], template)
+
+        def labelled(record: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+            label = text_field(record, name)
+            if label not in words:
+                raise DataError(f"field '{name}' is '{label}', which has no label word: {nearest(label, words)}")
+            return (words[label],), tuple(words.values())
+
+        return labelled
+    target = _parse_template(template, "target")
+    list_field = target[0][1] if len(target) == 1 and not target[0][0] else None
+
+    def written(record: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        if list_field is not None and isinstance(field(record, list_field), (list, tuple)):
+            return texts_field(record, list_field), ()
+        return (_fill(target, record),), ()
+
+    return written
+
+
+def _words(pairs: str, template: str) -> dict[str, str]:
+    words = dict(pair.split("=", 1) for pair in pairs.split("|") if "=" in pair)
+    if len(words) < pairs.count("|") + 1 or not all(word.strip() for word in words.values()):
+        raise ConfigError(f"target template {template!r}: labels are written {{name:0=negative|1=positive}}")
+    return words
 
 
 def _parse_template(template: str, what: str) -> list[tuple[str, str | None]]:

@@ -5,6 +5,7 @@ A *source* is one string::
     reviews.jsonl  reviews.jsonl.gz  reviews.csv  reviews.tsv  reviews.parquet      a file
     saved/                                                 a folder written by ``save_to_disk``, or of Parquet files
     datasets:owner/name?config=main&split=train&revision=main                    the Hugging Face hub
+    datasets:owner/name?data_dir=main&revision=refs/convert/parquet      the hub's own Parquet copy, one folder a config
     owner/name                                                                 the same, where no such path exists
 
 Everything that is wrong with a source (missing, damaged, a bad line) is a :class:`DataError` that names the place.
@@ -26,11 +27,12 @@ from urllib.parse import parse_qsl
 
 from softprompts.errors import ConfigError, DataError, DataNotFoundError, nearest
 
-__all__ = ["PlacedRecord", "data_root", "iter_records", "read_records"]
+__all__ = ["PlacedRecord", "data_root", "hub_splits", "iter_records", "read_records"]
 
 _HUB_PREFIX = "datasets:"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(\?.*)?")
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+_HUB_OPTIONS = frozenset({"config", "data_dir", "revision", "split"})
 _SPLIT_NAMES = {"dev": ("validation", "dev", "valid", "val"), "train": ("train",), "test": ("test",)}
 
 
@@ -59,6 +61,21 @@ def data_root() -> Path | None:
     checkout = Path(__file__).resolve().parents[3]
     beside = checkout.parent / "shared" / "data"
     return beside if (checkout / "pyproject.toml").is_file() and beside.is_dir() else None
+
+
+def hub_splits(name: str, config: str | None = None, **splits: str) -> dict[str, str]:
+    """Name the splits of a data set on the Hugging Face hub, in the Parquet copy that the hub makes of every data set.
+
+    That copy has no scripts, which ``datasets`` no longer runs, and is there for old data sets and new ones alike.
+
+    Args:
+        name: ``owner/name``.
+        config: Configuration, a folder of the copy; ``None`` where there is only one.
+        splits: Our name of a split (train, dev, test) -> the data set's.
+    """
+    folder = f"data_dir={config}&" if config else ""
+    start = f"{_HUB_PREFIX}{name}?{folder}revision=refs/convert/parquet&split="
+    return {ours: f"{start}{theirs}" for ours, theirs in splits.items()}
 
 
 def read_records(source: str | Path, split: str = "train") -> list[dict[str, Any]]:
@@ -116,11 +133,23 @@ def _guarded(path: Path, reader: Any) -> Iterator[PlacedRecord]:
         with _open(path) as lines:
             yield from reader(path, lines)
     except UnicodeDecodeError as error:
-        raise DataError(f"'{path}' is not UTF-8 text ({error.reason}, byte {error.start}); convert it first") from error
+        line = _undecodable_line(path)
+        raise DataError(f"'{path}', line {line}: not UTF-8 text ({error.reason}); convert the file first") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"'{path}' is no complete gzip file ({error}); copy or download it again") from error
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror or error}") from error
+
+
+def _undecodable_line(path: Path) -> int:
+    """Number of the first line that is not UTF-8. The decoder itself counts from the start of its buffer only."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 1
 
 
 def _open(path: Path) -> IO[str]:
@@ -216,14 +245,15 @@ def _read_parquet(files: list[Path], name: str) -> Iterator[PlacedRecord]:
 def _read_datasets(spec: str, split: str) -> Iterator[PlacedRecord]:
     name, _, query = spec.partition("?")
     options = dict(parse_qsl(query))
-    unknown = options.keys() - {"config", "split", "revision"}
+    unknown = options.keys() - _HUB_OPTIONS
     if unknown or not name:
         wrong = sorted(unknown)[0] if unknown else "(no name)"
-        raise ConfigError(f"source 'datasets:{spec}': {nearest(wrong, ['config', 'split', 'revision'])}")
+        raise ConfigError(f"source 'datasets:{spec}': {nearest(wrong, _HUB_OPTIONS)}")
     if Path(name).expanduser().is_dir():
         return _read_folder(Path(name).expanduser(), options.get("split", split))
     try:
-        loaded = _datasets().load_dataset(name, options.get("config"), revision=options.get("revision"))
+        folder = {"data_dir": options["data_dir"]} if "data_dir" in options else {}
+        loaded = _datasets().load_dataset(name, options.get("config"), revision=options.get("revision"), **folder)
     except Exception as error:  # offline, unknown name, a script that is no longer run, ...: all mean "not to be had"
         raise DataNotFoundError(
             f"data set '{name}' could not be loaded from the Hugging Face hub: {error}. "
@@ -238,4 +268,22 @@ def _rows(loaded: Any, name: str, split: str) -> Iterator[PlacedRecord]:
         if not match:
             raise DataNotFoundError(f"data set '{name}' has no split '{split}': {nearest(split, loaded)}")
         loaded = loaded[match[0]]
-    return (PlacedRecord(f"'{name}', row {number}", dict(row)) for number, row in enumerate(loaded))
+    labels = _label_names(loaded)
+
+    def rows() -> Iterator[PlacedRecord]:
+        for number, row in enumerate(loaded):
+            named = {key: _named(row[key], names) for key, names in labels.items()}
+            yield PlacedRecord(f"'{name}', row {number}", {**row, **named})
+
+    return rows()
+
+
+def _label_names(loaded: Any) -> dict[str, list[str]]:
+    """Columns of numbers that stand for names, with the names (``datasets.ClassLabel``)."""
+    features = getattr(loaded, "features", None) or {}
+    return {key: list(kind.names) for key, kind in features.items() if isinstance(kind, _datasets().ClassLabel)}
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    """Return the name of a label; -1, which stands for "kept secret", stays."""
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value

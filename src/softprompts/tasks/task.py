@@ -6,10 +6,11 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from softprompts.config import DecodingConfig, TaskConfig
+from softprompts.config import DecodingConfig, SettingConfig, TaskConfig
 from softprompts.errors import ConfigError, DataError, DataNotFoundError, nearest
 from softprompts.registry import Registry
-from softprompts.tasks.formats import Format, TextFormat, parse_separator
+from softprompts.tasks.formats import Format, TextFormat, parse_separator, text_field
+from softprompts.tasks.settings import CATEGORY, cut, in_categories, low_data, resolve, with_label_words
 from softprompts.tasks.sources import PlacedRecord, data_root, iter_records
 from softprompts.types import Example
 
@@ -24,39 +25,60 @@ class Source:
 
     packaged: Mapping[str, str] = field(default_factory=dict)
     """Split -> path of a file that comes with this package."""
-    local: Mapping[str, str] = field(default_factory=dict)
-    """Split -> path below the data folder (environment variable ``SOFTPROMPTS_DATA``)."""
+    local: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    """Split -> path below the data folder (environment variable ``SOFTPROMPTS_DATA``), or several that are joined."""
     hub: Mapping[str, str] = field(default_factory=dict)
     """Split -> ``datasets:OWNER/NAME?...`` on the Hugging Face hub."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Split -> share, for data published in one piece: splits in the same place are cut from it, always alike."""
 
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits that are known here, in the order train, dev, test."""
         return tuple(s for s in SPLITS if s in self.packaged or s in self.local or s in self.hub)
 
-    def locate(self, split: str) -> str:
-        """Return the source string of a split.
+    def locate(self, split: str) -> tuple[str, ...]:
+        """Return the source strings of a split, nearly always one.
 
         Raises:
             DataNotFoundError: The split is neither packaged nor in the data folder, and the hub does not have it.
         """
         if split in self.packaged:
-            return self.packaged[split]
+            return (self.packaged[split],)
         root = data_root()
-        path = root / self.local[split] if root is not None and split in self.local else None
-        if path is not None and path.exists():
-            return str(path)
+        named = self.local.get(split, ())
+        paths = [root / name for name in ((named,) if isinstance(named, str) else named)] if root is not None else []
+        missing = next((path for path in paths if not path.exists()), None)
+        if paths and missing is None:
+            return tuple(map(str, paths))
         if split in self.hub:
-            return self.hub[split]
-        missing = f"'{path}' does not exist" if path else "SOFTPROMPTS_DATA is not set or has no such split"
-        raise DataNotFoundError(
-            f"split '{split}' cannot be found: {missing}; set SOFTPROMPTS_DATA or task.{split}=FILE"
-        )
+            return (self.hub[split],)
+        reason = f"'{missing}' does not exist" if missing else "SOFTPROMPTS_DATA is not set or has no such split"
+        raise DataNotFoundError(f"split '{split}' cannot be found: {reason}; set SOFTPROMPTS_DATA or task.{split}=FILE")
+
+    def records(self, split: str) -> Iterator[PlacedRecord]:
+        """Yield the records of a split, cut from the whole where several splits are in one place."""
+        places = self.locate(split)
+        found = (placed for place in places for placed in iter_records(place, split))
+        together = {other: share for other, share in self.shares.items() if self._beside(split, other)}
+        return iter(cut(list(found), together, split)) if len(together) > 1 else found
+
+    def _beside(self, split: str, other: str) -> bool:
+        return not {split, other} & self.packaged.keys() and self.locate(other) == self.locate(split)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark, or a user's own records. See ``docs/how-to/add-a-task.md``."""
+    """One benchmark, or a user's own records. See ``docs/how-to/add-a-task.md``.
+
+    What metrics find in an example, where a score is more than a comparison of texts:
+
+    * ``choices`` are the label words in the order of the label ids, by which a domain shift maps them.
+    * ``metadata["group"]``: examples that are judged as one (MultiRC: the question that an answer belongs to).
+    * ``references`` are all acceptable texts. Of WSC they are the label, ``True`` or ``False``, and the phrase it is
+      about: a prediction names a phrase, and the label says whether it should be that one.
+    * ``metadata["category"]``: what ``task.setting`` selects by (:mod:`softprompts.tasks.settings`).
+    """
 
     name: str
     description: str
@@ -67,9 +89,11 @@ class Task:
     """What picks the best checkpoint: one of ``metrics``, or ``loss`` on the dev split."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     choices: tuple[str, ...] = ()
-    """The legal answers of a classification task; an example may bring its own."""
+    """The legal answers of a classification task, by label id; an example may bring its own."""
     merge_inputs: bool = False
     """Outside training, make one example of all records with the same input; their references are collected."""
+    settings: Mapping[str, SettingConfig] = field(default_factory=dict)
+    """Settings of the papers that ``task.setting.name`` may ask for."""
     configure: Callable[[Task, TaskConfig], Task] | None = None
     """For tasks whose format depends on the recipe (templates): called by :meth:`configured`."""
 
@@ -100,7 +124,7 @@ class Task:
         return replace(task, source=replace(task.source, packaged={**task.source.packaged, **given})) if given else task
 
     def load(self, split: str, config: TaskConfig | None = None) -> list[Example]:
-        """Read a split.
+        """Read a split, or the part of it that ``config.setting`` says.
 
         Training has one example per (input, reference); the other splits have one per record (per input with
         ``merge_inputs``) with all its references. A limit takes a seeded random sample, in the order of the
@@ -115,26 +139,43 @@ class Task:
         task = self.configured(config)
         if split not in SPLITS:
             raise ConfigError(f"unknown split '{split}': {nearest(split, SPLITS)}")
+        setting = resolve(config.setting, task.settings)
+        if split == "test" and setting.judge_task is not None:
+            return task._judged_elsewhere(setting, setting.judge_task, config)
         if split not in task.source.splits:
             has = ", ".join(task.source.splits) or "none"
             raise DataNotFoundError(f"task '{self.name}' has no '{split}' split (it has: {has}); set task.{split}=FILE")
-        place = task.source.locate(split)
-        examples = list(task._examples(iter_records(place, split), split))
+        examples = list(task._examples(split, setting.by))
         if not examples:
+            place = "', '".join(task.source.locate(split))
             raise DataError(f"'{place}' holds no records; expected at least one for the {split} split of '{self.name}'")
+        examples = in_categories(examples, setting, split)
         if task.merge_inputs and split != "train":
             examples = _merge(examples)
+        examples = low_data(examples, setting, split)
         limit = {"train": config.limit_train, "dev": config.limit_dev, "test": config.limit_dev}[split]
         return _sample(examples, limit, f"limit_{'train' if split == 'train' else 'dev'}")
 
-    def _examples(self, records: Iterator[PlacedRecord], split: str) -> Iterator[Example]:
-        for number, (place, record) in enumerate(records):
+    def _judged_elsewhere(self, setting: SettingConfig, name: str, config: TaskConfig) -> list[Example]:
+        """Another task's split in the words of this one; ``task.test`` then is a file of that task."""
+        place = {"dev": None, "test": None, setting.judge_split: config.test}
+        other = TaskConfig(name=name, dev=place["dev"], test=place["test"], limit_dev=config.limit_dev)
+        task = TASKS.get(name)
+        return with_label_words(task.load(setting.judge_split, other), task.choices, self.choices)
+
+    def _examples(self, split: str, category_field: str | None) -> Iterator[Example]:
+        for number, (place, record) in enumerate(self.source.records(split)):
             try:
                 found = self.format.read(record, split)
+                distinct = len({example.id for example in found}) == len(found)
                 for part, example in enumerate(found):
-                    suffix = f"-{part}" if len(found) > 1 else ""
+                    suffix = "" if distinct else f"-{part}"
                     identity = f"{example.id or f'{self.name}-{split}-{number}'}{suffix}"
-                    yield from _rows(replace(example, id=identity, choices=example.choices or self.choices), split)
+                    example = replace(example, id=identity, choices=example.choices or self.choices)
+                    if category_field is not None:
+                        category = {CATEGORY: text_field(record, category_field)}
+                        example = replace(example, metadata={**example.metadata, **category})
+                    yield from _rows(example, split)
             except DataError as error:
                 raise DataError(f"{place}: {error}") from error
 
@@ -146,11 +187,12 @@ def _rows(example: Example, split: str) -> Iterator[Example]:
         raise DataError(
             f"the target of record '{example.id}' is no legal answer: {nearest(example.target, example.choices)}"
         )
-    if split != "train" or len(example.references) < 2:
+    if split != "train":
         yield example
         return
-    for number, reference in enumerate(example.references):
-        yield replace(example, target=reference, references=(), id=f"{example.id}-{number}")
+    for number, target in enumerate(example.all_references):
+        suffix = f"-{number}" if len(example.references) > 1 else ""
+        yield replace(example, target=target, references=(), id=f"{example.id}{suffix}")
 
 
 def _merge(examples: list[Example]) -> list[Example]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from softprompts.config import TaskConfig
 from softprompts.errors import ConfigError
-from softprompts.tasks.formats import template_format
+from softprompts.tasks.formats import template_format, template_words
 from softprompts.tasks.task import Task, register
 
 __all__ = ["RECORDS"]
@@ -21,7 +21,8 @@ def _configure(task: Task, config: TaskConfig) -> Task:
     if config.format is None or config.target is None:
         missing = "target" if config.target is None else "format"
         raise ConfigError(f"task.{missing} is missing: task.format and task.target are given together or not at all")
-    return replace(task, format=template_format(config.format, config.target))
+    format = template_format(config.format, config.target)
+    return replace(task, format=format, choices=template_words(config.target))
 
 
 RECORDS = register(
