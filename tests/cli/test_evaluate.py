@@ -70,7 +70,7 @@ def test_evaluate_reports_and_writes(place, tmp_path, capsys):
     assert code == 0, shown.err
     result = json.loads((tmp_path / "result.json").read_text())
     assert result == json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert set(result["metrics"]) == {"bleu", "rouge_l", "exact_match", "loss", "perplexity"}
+    assert set(result["metrics"]) == {"bleu", "rouge_score_l", "exact_match", "loss", "perplexity"}
     assert all(one["stderr"] is not None for one in result["metrics"].values())
     assert (result["task"], result["split"], result["records"], result["limit"]) == ("gazette", "dev", 6, 6)
     assert result["prompt"]["kind"] == "embedding"

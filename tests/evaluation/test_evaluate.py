@@ -107,27 +107,27 @@ def test_report_holds_metrics_losses_and_facts(frozen, engine, tmp_path):
     inputs, targets = encoded(frozen, EXAMPLES, 0, with_target=False), encoded(frozen, EXAMPLES, 0)
     ready = []
     report = evaluate(
-        engine, inputs, targets, metrics=("rouge_l", "exact_match"), decoding=DECODING, resamples=50,
+        engine, inputs, targets, metrics=("rouge_score_l", "exact_match"), decoding=DECODING, resamples=50,
         facts={"task": "toy", "split": "test"}, on_progress=ready.append,
     )  # fmt: skip
     assert sum(ready) == 5
     texts, references = [one.text for one in report.predictions], [list(e.all_references) for e in EXAMPLES]
-    assert report.metrics["rouge_l"] == score("rouge_l", texts, references, resamples=50)
+    assert report.metrics["rouge_score_l"] == score("rouge_score_l", texts, references, resamples=50)
     assert report.metrics["loss"] == target_losses(engine.prompted, targets).loss
-    assert statistics.mean(report.scores["rouge_l"]) == pytest.approx(report.metrics["rouge_l"].value)
+    assert statistics.mean(report.scores["rouge_score_l"]) == pytest.approx(report.metrics["rouge_score_l"].value)
 
     assert write_report(report, tmp_path / "out" / "run") == tmp_path / "out" / "run"
     content = json.loads((tmp_path / "out" / "run" / "evaluation.json").read_text())
     assert content == json.loads(json.dumps(report.to_dict()))
     assert (content["task"], content["records"], content["decoding"]["max_new_tokens"]) == ("toy", 5, 8)
-    assert set(content["metrics"]) == {"rouge_l", "exact_match", "loss", "perplexity"}
+    assert set(content["metrics"]) == {"rouge_score_l", "exact_match", "loss", "perplexity"}
     assert content["target_tokens"] == sum(len(e.target) + 1 for e in EXAMPLES)
     assert (content["seed"], content["resamples"]) == (0, 50)
     assert content["seconds"]["generate"] > 0
     samples = [json.loads(line) for line in (tmp_path / "out" / "run" / "samples.jsonl").read_text().splitlines()]
     assert [one["prediction"] for one in samples] == texts
     assert samples[0]["references"] == ["Blue Spice is nice.", "It is nice."]
-    assert samples[0]["scores"].keys() == {"rouge_l", "exact_match"}
+    assert samples[0]["scores"].keys() == {"rouge_score_l", "exact_match"}
     assert samples[3]["target_tokens"] == len("four five six seven") + 1
     assert sorted(path.name for path in (tmp_path / "out" / "run").iterdir()) == ["evaluation.json", "samples.jsonl"]
 
@@ -156,7 +156,7 @@ def test_infinite_perplexity_is_written_as_null(frozen, engine):
 
 def test_mistakes_are_refused(frozen, engine, tmp_path):
     inputs, targets = encoded(frozen, EXAMPLES, with_target=False), encoded(frozen, EXAMPLES)
-    with pytest.raises(ConfigError, match="rouge_l"):
+    with pytest.raises(ConfigError, match="rouge_score_l"):
         evaluate(engine, inputs, metrics=("rouge",), decoding=DECODING)
     with pytest.raises(DataError, match="same records in the same order"):
         evaluate(engine, inputs, targets[::-1], metrics=(), decoding=DECODING)

@@ -43,6 +43,7 @@ VERBS = (
     Verb("pretrain", "softprompts.cli.pretrain", "pretrain", "Train a small language model from raw text."),
     Verb("train", "softprompts.cli.train", "train", "Train what a recipe describes: a prompt or a baseline."),
     Verb("evaluate", "softprompts.cli.evaluate", "evaluate", "Score a prompt on a task, with standard errors."),
+    Verb("score", "softprompts.cli.score", "score", "Score a file of predictions; compare two."),
     Verb("generate", "softprompts.cli.evaluate", "generate", "Lines in, lines out, each with a prompt of its own."),
     Verb("inspect", "softprompts.cli.inspect", "inspect", "Say what a saved prompt is and which model it is for."),
     Verb("convert", "softprompts.cli.convert", "convert", "Turn a saved prompt into PEFT's format, or back."),

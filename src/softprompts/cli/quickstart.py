@@ -95,7 +95,7 @@ def quickstart_recipe(output: Path, *, steps: int, limit: int | None = None, see
             max_steps=steps, batch_size=16, validate_every_steps=200, checkpoint_every_steps=200, seed=seed
         ),
         evaluation=config.EvaluationConfig(
-            metrics=("bleu", "rouge_l"), decoding=config.DecodingConfig(max_new_tokens=64, batch_size=100)
+            metrics=("bleu", "rouge_score_l"), decoding=config.DecodingConfig(max_new_tokens=64, batch_size=100)
         ),
         output_dir=str(output),
     )

@@ -1,60 +1,101 @@
-"""Scores of predictions against references, each with a bootstrap standard error.
+"""Scores of predictions against references, each with a bootstrap standard error, and differences between systems.
 
-A metric is two functions: ``statistics`` turns records into sufficient statistics, one row ``[S]`` per record, and
-``aggregate`` turns *sums* of rows into scores. The score of a corpus is ``aggregate(rows.sum())``; the bootstrap
-resamples records by weighting their rows, so a thousand resamples cost one matrix product and no string is scored
-twice. The same seed and number of records give the same resamples for every metric, so differences can be paired.
+The metrics themselves are in :mod:`softprompts.evaluation.scorers`. Here their rows of sufficient statistics are
+resampled: the bootstrap weights records, so a thousand resamples cost one matrix product and no text is scored twice.
+The same seed and number of records give the same resamples for every metric and system, so differences are paired.
 
-To add a metric, write both functions and register a :class:`Metric`. All values are percentages, 0 to 100.
+Scales: percentages (0 to 100), except for the metrics whose ``scale`` is ``"native"`` (NIST, CIDEr).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics.bleu import BLEU
 
-from softprompts.errors import ConfigError, DataError
-from softprompts.registry import Registry
+from softprompts.errors import ConfigError, DataError, MissingExtraError
+from softprompts.evaluation.scorers.base import METRICS, FloatArray, Metric, mean
 from softprompts.types import MetricValue
 
-__all__ = ["METRICS", "FloatArray", "Metric", "mean", "score", "score_all"]
-
-FloatArray = NDArray[np.float64]
-"""Statistics and scores."""
+__all__ = [
+    "METRICS",
+    "Comparison",
+    "FloatArray",
+    "Metric",
+    "compare",
+    "compare_rows",
+    "mean",
+    "rows_of",
+    "score",
+    "score_all",
+    "score_rows",
+    "unusable",
+]
 
 _CHUNK_BYTES = 64 * 2**20
 """Memory of the resampling weights at a time."""
 
 
-def mean(sums_RS: FloatArray) -> FloatArray:
-    """Aggregate rows ``[value, 1]`` to 100 times their mean: for metrics that are averages over records."""
-    return 100.0 * sums_RS[:, 0] / sums_RS[:, 1]
-
-
 @dataclass(frozen=True)
-class Metric:
-    """One way to score a corpus."""
+class Comparison:
+    """How a system differs from another one on the same records."""
 
-    name: str
-    description: str
-    """What exactly is computed, by which tool's definition."""
-    statistics: Callable[[Sequence[str], Sequence[Sequence[str]]], FloatArray]
-    """``statistics(predictions, references)``: sufficient statistics [N, S] of N records."""
-    aggregate: Callable[[FloatArray], FloatArray] = mean
-    """Sums [R, S] to scores [R]."""
-    higher_is_better: bool = True
-
-
-METRICS: Registry[Metric] = Registry("metric")
+    difference: float
+    """Score of the first minus score of the other."""
+    stderr: float | None
+    """Of the difference, by a paired bootstrap over records."""
+    p_value: float | None
+    """Two-sided, by approximate randomization: how often swapping the two systems' outputs record by record, each with
+    probability 1/2, gives a difference at least as large (Riezler & Maxwell 2005)."""
 
 
-def _register(metric: Metric) -> Metric:
-    return METRICS.register(metric.name)(metric)
+def unusable(names: Sequence[str]) -> dict[str, str]:
+    """Say which of these metrics cannot be computed here, and what each one lacks.
+
+    Raises:
+        ConfigError: There is no such metric.
+    """
+    reasons = {name: METRICS.get(name).missing() for name in names}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def rows_of(
+    name: str,
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    groups: Sequence[str] | None = None,
+) -> FloatArray:
+    """Compute sufficient statistics: [N, S] for N records, or [G, S] for G groups of records.
+
+    Args:
+        name: A name in :data:`METRICS`.
+        predictions: One text per record.
+        references: All acceptable texts of each record, at least one.
+        groups: Which group each record belongs to (MultiRC: the question of an answer). Records of one group are
+            resampled together.
+
+    Raises:
+        ConfigError: There is no such metric.
+        DataError: There are no records, a record has no reference, or the numbers of records differ.
+        MissingExtraError: The metric needs something that is not installed.
+    """
+    metric = METRICS.get(name)
+    if len(predictions) != len(references):
+        raise DataError(f"got {len(predictions)} predictions for {len(references)} records; expected one per record")
+    if not predictions:
+        raise DataError("got no predictions; a score needs at least one record")
+    for number, texts in enumerate(references):
+        if isinstance(texts, str) or not texts:
+            raise DataError(f"the references of record {number} are {texts!r}, expected a list of at least one text")
+    if missing := metric.missing():
+        raise MissingExtraError(f"the metric '{name}' cannot be computed: {missing}")
+    rows_NS = metric.statistics(predictions, references)
+    if groups is None:
+        return rows_NS
+    if len(groups) != len(predictions):
+        raise DataError(f"got {len(groups)} groups for {len(predictions)} records; expected one per record")
+    return _grouped(rows_NS, groups, metric.all_of_group)
 
 
 def score(
@@ -64,6 +105,7 @@ def score(
     *,
     resamples: int = 1000,
     seed: int = 0,
+    groups: Sequence[str] | None = None,
 ) -> MetricValue:
     """Score predictions.
 
@@ -73,30 +115,19 @@ def score(
         references: All acceptable texts of each record, at least one.
         resamples: Bootstrap resamples of the records; 0 leaves the standard error out.
         seed: Seed of the resampling.
+        groups: Which records are resampled together; see :func:`rows_of`.
 
     Returns:
-        The value in percent and its standard error (``None`` without resampling, or for a single record).
+        The value, on the metric's own scale, and its standard error (``None`` without resampling, or for a single
+        record).
 
     Raises:
         ConfigError: There is no such metric, or ``resamples`` is negative or 1.
         DataError: There are no records, a record has no reference, or the numbers of records differ.
+        MissingExtraError: The metric needs something that is not installed.
     """
-    metric = METRICS.get(name)
-    if resamples < 0 or resamples == 1:
-        raise ConfigError(f"resamples is {resamples}, expected 0 (no standard error) or at least 2")
-    if len(predictions) != len(references):
-        raise DataError(f"got {len(predictions)} predictions for {len(references)} records; expected one per record")
-    if not predictions:
-        raise DataError("got no predictions; a score needs at least one record")
-    for number, texts in enumerate(references):
-        if isinstance(texts, str) or not texts:
-            raise DataError(f"the references of record {number} are {texts!r}, expected a list of at least one text")
-    rows_NS = metric.statistics(predictions, references)
-    value = float(metric.aggregate(rows_NS.sum(axis=0, keepdims=True))[0])
-    if not resamples or len(predictions) == 1:
-        return MetricValue(value, None, name)
-    scores_R = metric.aggregate(_resample(rows_NS, resamples, seed))
-    return MetricValue(value, float(scores_R.std(ddof=1)), name)
+    _check_resamples(resamples)
+    return score_rows(name, rows_of(name, predictions, references, groups), resamples=resamples, seed=seed)
 
 
 def score_all(
@@ -106,104 +137,109 @@ def score_all(
     *,
     resamples: int = 1000,
     seed: int = 0,
+    groups: Sequence[str] | None = None,
 ) -> dict[str, MetricValue]:
     """Score by several metrics; see :func:`score`."""
-    return {name: score(name, predictions, references, resamples=resamples, seed=seed) for name in names}
+    return {name: score(name, predictions, references, resamples=resamples, seed=seed, groups=groups) for name in names}
 
 
-def _resample(rows_NS: FloatArray, resamples: int, seed: int) -> FloatArray:
-    """Sums [R, S] over resamples of the rows, drawn with replacement."""
-    count = len(rows_NS)
+def score_rows(name: str, rows_NS: FloatArray, *, resamples: int = 1000, seed: int = 0) -> MetricValue:
+    """Score sufficient statistics, as :func:`rows_of` gives them; see :func:`score`."""
+    _check_resamples(resamples)
+    aggregate = METRICS.get(name).aggregate
+    value = float(aggregate(rows_NS.sum(axis=0, keepdims=True))[0])
+    if not resamples or len(rows_NS) == 1:
+        return MetricValue(value, None, name)
+    scores = [aggregate(weights_RN @ rows_NS) for weights_RN in _bootstrap(len(rows_NS), resamples, seed)]
+    return MetricValue(value, float(np.concatenate(scores).std(ddof=1)), name)
+
+
+def compare(
+    name: str,
+    predictions: Sequence[str],
+    others: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
+) -> Comparison:
+    """Compare two systems on the same records.
+
+    Args:
+        name: A name in :data:`METRICS`.
+        predictions: One text per record, of the first system.
+        others: Likewise, of the system that it is compared with.
+        references: All acceptable texts of each record.
+        resamples: Of the bootstrap and of the randomization; 0 leaves both out.
+        seed: Of both.
+        groups: Which records are resampled and swapped together; see :func:`rows_of`.
+
+    Raises:
+        ConfigError: There is no such metric, or ``resamples`` is negative or 1.
+        DataError: There are no records, a record has no reference, or the numbers of records differ.
+        MissingExtraError: The metric needs something that is not installed.
+    """
+    first, second = (rows_of(name, texts, references, groups) for texts in (predictions, others))
+    return compare_rows(name, first, second, resamples=resamples, seed=seed)
+
+
+def compare_rows(
+    name: str, rows_NS: FloatArray, other_rows_NS: FloatArray, *, resamples: int = 1000, seed: int = 0
+) -> Comparison:
+    """Compare sufficient statistics of two systems on the same records; see :func:`compare`."""
+    _check_resamples(resamples)
+    if rows_NS.shape != other_rows_NS.shape:
+        raise DataError(f"statistics of shape {rows_NS.shape} and {other_rows_NS.shape} are not of the same records")
+    aggregate, count = METRICS.get(name).aggregate, len(rows_NS)
+
+    def differences(first_RS: FloatArray, second_RS: FloatArray) -> FloatArray:
+        return np.asarray(aggregate(first_RS) - aggregate(second_RS))
+
+    total_1S, other_total_1S = (rows.sum(axis=0, keepdims=True) for rows in (rows_NS, other_rows_NS))
+    difference = float(differences(total_1S, other_total_1S)[0])
+    if not resamples or count == 1:
+        return Comparison(difference, None, None)
+    resampled = [differences(w_RN @ rows_NS, w_RN @ other_rows_NS) for w_RN in _bootstrap(count, resamples, seed)]
+    gap_NS, larger = other_rows_NS - rows_NS, 0
+    for swaps_RN in _swaps(count, resamples, seed):
+        moved_RS = swaps_RN @ gap_NS
+        swapped = differences(total_1S + moved_RS, other_total_1S - moved_RS)
+        larger += int((np.abs(swapped) >= abs(difference) - 1e-9).sum())  # rounding must not break a tie
+    return Comparison(difference, float(np.concatenate(resampled).std(ddof=1)), (larger + 1) / (resamples + 1))
+
+
+def _check_resamples(resamples: int) -> None:
+    if resamples < 0 or resamples == 1:
+        raise ConfigError(f"resamples is {resamples}, expected 0 (no standard error) or at least 2")
+
+
+def _grouped(rows_NS: FloatArray, groups: Sequence[str], all_of_group: bool) -> FloatArray:
+    """Rows [G, S] of the groups, in the order of their first records."""
+    numbers: dict[str, int] = {}
+    index_N = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
+    if all_of_group:
+        least_GS = np.full((len(numbers), rows_NS.shape[1]), np.inf)
+        np.minimum.at(least_GS, index_N, rows_NS)
+        return least_GS
+    sums_GS = np.zeros((len(numbers), rows_NS.shape[1]))
+    np.add.at(sums_GS, index_N, rows_NS)
+    return sums_GS
+
+
+def _bootstrap(count: int, resamples: int, seed: int) -> Iterator[FloatArray]:
+    """Yield how often each of ``count`` records is drawn, with replacement: chunks [r, N] of R resamples."""
     generator = np.random.default_rng(seed)
-    sums = []
+    return _chunks(count, resamples, lambda: np.bincount(generator.integers(0, count, count), minlength=count))
+
+
+def _swaps(count: int, resamples: int, seed: int) -> Iterator[FloatArray]:
+    """Yield which records are swapped (1) or not (0): chunks [r, N] of R randomizations."""
+    generator = np.random.default_rng(seed)
+    return _chunks(count, resamples, lambda: generator.integers(0, 2, count))
+
+
+def _chunks(count: int, resamples: int, draw: Callable[[], np.typing.NDArray[np.int64]]) -> Iterator[FloatArray]:
     chunk = max(1, _CHUNK_BYTES // (8 * count))
     for start in range(0, resamples, chunk):
-        size = min(chunk, resamples - start)
-        weights = [np.bincount(generator.integers(0, count, count), minlength=count) for _ in range(size)]
-        sums.append(np.stack(weights).astype(np.float64) @ rows_NS)
-    return np.concatenate(sums)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# BLEU
-# --------------------------------------------------------------------------------------------------------------------
-
-_ORDER = 4
-
-
-def _bleu_statistics(lowercase: bool) -> Callable[[Sequence[str], Sequence[Sequence[str]]], FloatArray]:
-    def statistics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> FloatArray:
-        """Per record: prediction length, closest reference length, matches of 1..4-grams, numbers of 1..4-grams."""
-        bleu = BLEU(lowercase=lowercase, tokenize="13a", effective_order=True)  # the order matters to sentences only
-        rows = []
-        for prediction, texts in zip(predictions, references, strict=True):
-            result = bleu.sentence_score(prediction, list(texts))
-            rows.append([result.sys_len, result.ref_len, *result.counts, *result.totals])
-        return np.asarray(rows, dtype=np.float64)
-
-    return statistics
-
-
-def _bleu(sums_RS: FloatArray) -> FloatArray:
-    """Corpus BLEU from summed statistics, as sacreBLEU's ``compute_bleu`` with its default "exp" smoothing."""
-    length, reference_length = sums_RS[:, 0], sums_RS[:, 1]
-    matches, totals = sums_RS[:, 2 : 2 + _ORDER], sums_RS[:, 2 + _ORDER :]
-    # Each order without a match counts as half a match, then a quarter, ...
-    halvings = np.cumsum((matches == 0) & (totals > 0), axis=1)
-    smoothed = np.where(matches == 0, 0.5**halvings, matches)
-    defined = (totals > 0).all(axis=1) & (matches > 0).any(axis=1)
-    log_precisions = np.log(smoothed / np.where(totals > 0, totals, 1.0)).mean(axis=1)
-    brevity = np.where(length < reference_length, 1.0 - reference_length / np.maximum(length, 1.0), 0.0)
-    return np.where(defined, 100.0 * np.exp(log_precisions + brevity), 0.0)
-
-
-_register(Metric("bleu", "sacreBLEU, 13a tokenization, cased, multi-reference", _bleu_statistics(False), _bleu))
-_register(
-    Metric(
-        "e2e_bleu",
-        "sacreBLEU, 13a tokenization, lower-cased, multi-reference; equals BLEU of the official e2e-metrics",
-        _bleu_statistics(True),
-        _bleu,
-    )
-)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Averages over records
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _averaged(
-    one: Callable[[str, Sequence[str]], float],
-) -> Callable[[Sequence[str], Sequence[Sequence[str]]], FloatArray]:
-    """Statistics ``[value, 1]`` for :func:`mean` from a function of one record."""
-
-    def statistics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> FloatArray:
-        return np.array([[one(text, refs), 1.0] for text, refs in zip(predictions, references, strict=True)])
-
-    return statistics
-
-
-def _exact(prediction: str, references: Sequence[str]) -> float:
-    normal = " ".join(prediction.split())
-    return float(any(normal == " ".join(reference.split()) for reference in references))
-
-
-def _rouge_l_statistics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> FloatArray:
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
-
-    def one(prediction: str, texts: Sequence[str]) -> float:
-        return float(scorer.score_multi(list(texts), prediction)["rougeL"].fmeasure)
-
-    return _averaged(one)(predictions, references)
-
-
-_register(
-    Metric(
-        "rouge_l",
-        "ROUGE-L F1 of rouge_score, no stemming, best of the references (not ROUGE-1.5.5, not coco-caption)",
-        _rouge_l_statistics,
-    )
-)
-_register(Metric("exact_match", "equal to one of the references, runs of blanks made one", _averaged(_exact)))
-_register(Metric("accuracy", "classification: the answer is the right one (as exact_match)", _averaged(_exact)))
+        yield np.stack([draw() for _ in range(min(chunk, resamples - start))]).astype(np.float64)

@@ -23,7 +23,7 @@ GAZETTE = register(
         description="short notices about boats, museums, recipes, concerts and trains; needs no download",
         format=template_format("{input}", "{references}"),
         source=Source(packaged={split: str(_DATA / f"gazette.{split}.jsonl.gz") for split in SPLITS}),
-        metrics=("bleu", "rouge_l", "exact_match"),
+        metrics=("bleu", "rouge_score_l", "exact_match"),
         selection="loss",
         decoding=DecodingConfig(strategy="greedy", max_new_tokens=64),
     )

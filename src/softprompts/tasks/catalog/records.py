@@ -30,7 +30,7 @@ RECORDS = register(
         name="records",
         description="your own records, with templates",
         format=template_format("{input}", "{target}"),
-        metrics=("exact_match", "rouge_l"),
+        metrics=("exact_match", "rouge_score_l"),
         configure=_configure,
     )
 )

@@ -1,0 +1,84 @@
+"""BLEU (Papineni et al. 2002) by sacreBLEU, in the variants that the benchmarks' official scripts compute."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from sacrebleu.metrics.bleu import BLEU
+
+from softprompts.evaluation.scorers.base import FloatArray, Metric, Statistics, prepared, register
+
+__all__ = ["webnlg_tokens"]
+
+_ORDER = 4
+_NON_WORD = re.compile(r"(\W)")
+
+
+def webnlg_tokens(text: str) -> str:
+    r"""Tokenize as WebNLG 2017's scripts: ``re.split(r"(\W)")``, lower case; accents stay."""
+    return " ".join(" ".join(_NON_WORD.split(text)).lower().split())
+
+
+def _statistics(tokenize: str, *, lowercase: bool = False) -> Statistics:
+    def statistics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> FloatArray:
+        """Per record: prediction length, closest reference length, matches of 1..4-grams, numbers of 1..4-grams."""
+        # The effective order and the warning about tokenized text matter to sacreBLEU's own scores only.
+        bleu = BLEU(lowercase=lowercase, tokenize=tokenize, effective_order=True, force=True)
+        rows = []
+        for prediction, texts in zip(predictions, references, strict=True):
+            result = bleu.sentence_score(prediction, list(texts))
+            rows.append([result.sys_len, result.ref_len, *result.counts, *result.totals])
+        return np.asarray(rows, dtype=np.float64)
+
+    return statistics
+
+
+def _smoothed(sums_RS: FloatArray) -> FloatArray:
+    """Corpus BLEU from summed statistics, as sacreBLEU's ``compute_bleu`` with its default "exp" smoothing."""
+    matches, totals = sums_RS[:, 2 : 2 + _ORDER], sums_RS[:, 2 + _ORDER :]
+    # Each order without a match counts as half a match, then a quarter, ...
+    halvings = np.cumsum((matches == 0) & (totals > 0), axis=1)
+    return _bleu(sums_RS, np.where(matches == 0, 0.5**halvings, matches), np.asarray((matches > 0).any(axis=1)))
+
+
+def _unsmoothed(sums_RS: FloatArray) -> FloatArray:
+    """Corpus BLEU as multi-bleu.perl has it: zero as soon as one order has no match."""
+    matches = sums_RS[:, 2 : 2 + _ORDER]
+    return _bleu(sums_RS, np.maximum(matches, 1.0), np.asarray((matches > 0).all(axis=1)))
+
+
+def _bleu(sums_RS: FloatArray, matches: FloatArray, defined: NDArray[np.bool_]) -> FloatArray:
+    length, reference_length, totals = sums_RS[:, 0], sums_RS[:, 1], sums_RS[:, 2 + _ORDER :]
+    log_precisions = np.log(matches / np.where(totals > 0, totals, 1.0)).mean(axis=1)
+    brevity = np.where(length < reference_length, 1.0 - reference_length / np.maximum(length, 1.0), 0.0)
+    return np.where(defined & (totals > 0).all(axis=1), 100.0 * np.exp(log_precisions + brevity), 0.0)
+
+
+register(Metric("bleu", "sacreBLEU, 13a tokenization, cased, multi-reference", _statistics("13a"), _smoothed))
+register(
+    Metric(
+        "e2e_bleu",
+        "sacreBLEU, 13a tokenization, lower-cased, multi-reference; equals BLEU of the official e2e-metrics",
+        _statistics("13a", lowercase=True),
+        _smoothed,
+    )
+)
+register(
+    Metric(
+        "multi_bleu",
+        "multi-bleu.perl: tokens are what stands between blanks, cased, multi-reference; DART's official BLEU",
+        _statistics("none"),
+        _unsmoothed,
+    )
+)
+register(
+    Metric(
+        "webnlg_bleu",
+        "multi-bleu.perl -lc behind the tokenization of WebNLG 2017's scripts (split at every non-word character)",
+        prepared(_statistics("none"), webnlg_tokens),
+        _unsmoothed,
+    )
+)
