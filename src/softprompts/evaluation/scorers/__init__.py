@@ -10,6 +10,7 @@ from softprompts.evaluation.scorers import (
     nist,
     questions,
     rouge,
+    winograd,
 )
 
-__all__ = ["bleu", "caption", "classification", "edits", "meteor", "neural", "nist", "questions", "rouge"]
+__all__ = ["bleu", "caption", "classification", "edits", "meteor", "neural", "nist", "questions", "rouge", "winograd"]

@@ -44,8 +44,8 @@ class _MeteorProcess:
         )
         atexit.register(self.close)
 
-    def ask(self, lines: Sequence[str]) -> list[str]:
-        """Send commands and return one answer each.
+    def ask(self, lines: Sequence[str], answers: int | None = None) -> list[str]:
+        """Send commands and return the answers: lines, as many as commands unless told (``EVAL`` gives more).
 
         Raises:
             DataError: The program ended.
@@ -55,13 +55,14 @@ class _MeteorProcess:
             writer = threading.Thread(target=self._write, args=(lines,))
             writer.start()
             assert self._process.stdout is not None
-            answers = [self._process.stdout.readline().strip() for _ in lines]
+            expected = len(lines) if answers is None else answers
+            found = [self._process.stdout.readline().strip() for _ in range(expected)]
             writer.join()
-        if not all(answers):
+        if not all(found):
             self._errors.seek(0)
             said = self._errors.read().decode(errors="replace").strip()
             raise DataError(f"METEOR ended early; its last words: {said[-300:] or 'none'}")
-        return answers
+        return found
 
     def _write(self, lines: Sequence[str]) -> None:
         assert self._process.stdin is not None

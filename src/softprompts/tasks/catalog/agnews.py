@@ -44,7 +44,7 @@ AGNEWS = register(
             hub=hub_splits("sh0416/ag_news", train="train", dev="train", test="test"),
             shares={"train": 0.8, "dev": 0.1, "test": 0.1},
         ),
-        metrics=("rouge_score_l",),
+        metrics=("rouge_score_1", "rouge_score_2", "rouge_score_l"),
         decoding=DecodingConfig(strategy="beam", beams=4, max_new_tokens=40, banned=("\n", "\n\n")),
         settings={"new_topic": SettingConfig(train_on=("World", "Business"))},
     )

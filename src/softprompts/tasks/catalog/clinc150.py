@@ -83,7 +83,7 @@ CLINC150_OOS = register(
             local={split: (f"{_FOLDER}/{file}.jsonl", f"{_FOLDER}/oos_{file}.jsonl") for split, file in _FILES.items()},
             hub=hub_splits("clinc/clinc_oos", "plus", **_HUB),
         ),
-        metrics=("accuracy",),
+        metrics=("accuracy", "macro_f1"),
         selection="accuracy",
         decoding=LABEL_DECODING,
         choices=_LABELS.words,

@@ -43,7 +43,7 @@ DART = register(
             local={split: f"dart/{split}.jsonl" for split in ("train", "dev", "test")},
             hub=hub_splits("Yale-LILY/dart", train="train", dev="validation", test="test"),
         ),
-        metrics=("bleu",),
+        metrics=("multi_bleu", "ter"),
         decoding=DecodingConfig(strategy="beam", beams=5, min_new_tokens=5, max_new_tokens=100, banned=("\n", "\n\n")),
     )
 )

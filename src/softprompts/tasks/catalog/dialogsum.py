@@ -32,7 +32,7 @@ DIALOGSUM = register(
             local={split: f"{_FOLDER}/{split}.jsonl" for split in ("train", "dev", "test")},
             hub=hub_splits("knkarthick/dialogsum", train="train", dev="validation", test="test"),
         ),
-        metrics=("rouge_score_l",),
+        metrics=("rouge_score_1", "rouge_score_2", "rouge_score_l"),
         decoding=DecodingConfig(strategy="beam", beams=4, max_new_tokens=100, banned=("\n", "\n\n")),
     )
 )

@@ -74,7 +74,7 @@ E2E = register(
             local={"train": "e2e/train.jsonl", "dev": "e2e/dev.jsonl", "test": "e2e/test.jsonl"},
             hub={"train": f"{_HUB}train", "dev": f"{_HUB}validation", "test": f"{_HUB}test"},
         ),
-        metrics=("e2e_bleu", "rouge_score_l"),
+        metrics=("e2e_bleu", "nist", "rouge_score_l"),
         selection="loss",
         decoding=DecodingConfig(strategy="beam", beams=5, min_new_tokens=5, max_new_tokens=100, banned=("\n", "\n\n")),
         merge_inputs=True,

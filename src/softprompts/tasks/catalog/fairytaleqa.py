@@ -38,7 +38,7 @@ FAIRYTALEQA = register(
             local={"train": f"{_FOLDER}/train.jsonl", "dev": f"{_FOLDER}/val.jsonl", "test": f"{_FOLDER}/test.jsonl"},
             hub=hub_splits("WorkInTheDark/FairytaleQA", train="train", dev="validation", test="test"),
         ),
-        metrics=("rouge_score_l", "exact_match"),
+        metrics=("rouge_score_l", "squad_f1", "squad_em"),
         decoding=DecodingConfig(strategy="greedy", max_new_tokens=64, banned=("\n", "\n\n")),
     )
 )

@@ -51,6 +51,7 @@ MRPC = _register(
     ("sentence1", "sentence2"),
     ("not_equivalent", "equivalent"),
     folder="MRPC",
+    metrics=("accuracy", "f1"),
     splits=("train", "dev", "test"),
 )
 QQP = _register(
@@ -59,7 +60,13 @@ QQP = _register(
     ("question1", "question2"),
     ("not_duplicate", "duplicate"),
     folder="QQP",
+    metrics=("accuracy", "f1"),
 )
 COLA = _register(
-    "cola", "whether a sentence is grammatical", ("sentence",), ("unacceptable", "acceptable"), folder="CoLA"
+    "cola",
+    "whether a sentence is grammatical",
+    ("sentence",),
+    ("unacceptable", "acceptable"),
+    folder="CoLA",
+    metrics=("matthews", "accuracy"),
 )

@@ -46,7 +46,8 @@ def _register(name: str, subset: str, file: str, description: str, local: Mappin
             source=Source(
                 local=local or {"dev": f"qa/mrqa/{file}.jsonl.gz"}, hub=hub_splits("mrqa-workshop/mrqa", dev="test")
             ),
-            metrics=("exact_match",),
+            metrics=("squad_f1", "squad_em"),
+            selection="squad_f1",
             decoding=ANSWER_DECODING,
         )
     )
@@ -63,7 +64,7 @@ MRQA = (
         "questions of English examinations",
         {"train": f"{_RACE}/train.jsonl", "dev": f"{_RACE}/val.jsonl"},
     ),
-    _register("relation_extraction", "RelationExtraction", "RelationExtraction", "relations asked for as questions"),
+    _register("relationextraction", "RelationExtraction", "RelationExtraction", "relations asked for as questions"),
     _register("duorc", "DuoRC", "DuoRC.ParaphraseRC", "questions about films, asked from another telling"),
     _register("drop", "DROP", "DROP", "questions that need some arithmetic, answered by a span"),
 )

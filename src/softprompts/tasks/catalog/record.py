@@ -69,8 +69,8 @@ RECORD = register(
             local={"train": f"{_FOLDER}/train.jsonl", "dev": f"{_FOLDER}/val.jsonl"},
             hub=hub_splits("aps/super_glue", "record", train="train", dev="validation"),
         ),
-        metrics=("exact_match",),
-        selection="exact_match",
+        metrics=("squad_f1", "squad_em"),
+        selection="squad_f1",
         decoding=DecodingConfig(max_new_tokens=32),
     )
 )

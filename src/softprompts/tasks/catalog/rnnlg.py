@@ -57,7 +57,7 @@ RNNLG = tuple(
             description=f"dialogue acts about {domain}s to text",
             format=TextFormat(_read),
             source=Source(local={split: f"rnnlg/{domain}/{file}.jsonl" for split, file in _FILES.items()}),
-            metrics=("bleu",),
+            metrics=("bleu", "chrf"),
             decoding=DecodingConfig(strategy="beam", beams=5, max_new_tokens=100, banned=("\n", "\n\n")),
             merge_inputs=True,
         )

@@ -29,7 +29,7 @@ SCITLDR = register(
             local={split: f"summ/scitldr_a/{split}.jsonl" for split in ("train", "dev", "test")},
             hub=hub_splits("allenai/scitldr", "Abstract", train="train", dev="validation", test="test"),
         ),
-        metrics=("rouge_score_l",),
+        metrics=("rouge_score_1", "rouge_score_2", "rouge_score_l"),
         decoding=DecodingConfig(strategy="beam", beams=4, max_new_tokens=80, banned=("\n", "\n\n")),
     )
 )

@@ -64,7 +64,8 @@ SQUAD = register(
             local={"train": "qa/squad11/train.jsonl", "dev": "qa/squad11_dev_part/titles_a36.jsonl"},
             hub=hub_splits("rajpurkar/squad", train="train", dev="validation"),
         ),
-        metrics=("exact_match",),
+        metrics=("squad_f1", "squad_em"),
+        selection="squad_f1",
         decoding=ANSWER_DECODING,
     )
 )

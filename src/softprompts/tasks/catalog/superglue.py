@@ -47,6 +47,7 @@ CB = _register(
     ("hypothesis", "premise"),
     ("entailment", "contradiction", "neutral"),
     f"{_RESEARCH}/CB",
+    ("accuracy", "macro_f1"),
 )
 COPA = _register(
     "copa",

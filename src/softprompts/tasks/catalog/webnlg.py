@@ -67,7 +67,7 @@ WEBNLG = register(
             local={split: f"{_FOLDER}/{split}.jsonl" for split in ("train", "dev", "test")},
             hub=hub_splits("webnlg-challenge/web_nlg", "webnlg_challenge_2017", train="train", dev="dev", test="test"),
         ),
-        metrics=("bleu",),
+        metrics=("webnlg_bleu", "webnlg_ter"),
         decoding=DecodingConfig(strategy="beam", beams=5, min_new_tokens=5, max_new_tokens=100, banned=("\n", "\n\n")),
         settings={"seen": SettingConfig(judge_on=_SEEN), "unseen": SettingConfig(train_on=_SEEN, judge_on=_UNSEEN)},
     )

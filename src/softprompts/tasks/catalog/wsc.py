@@ -74,7 +74,8 @@ WSC = register(
             local={"train": f"{_FOLDER}/train.jsonl", "dev": f"{_FOLDER}/val.jsonl"},
             hub=hub_splits("aps/super_glue", "wsc", train="train", dev="validation"),
         ),
-        metrics=("exact_match",),
+        metrics=("wsc_accuracy",),
+        selection="wsc_accuracy",
         decoding=DecodingConfig(max_new_tokens=32),
     )
 )

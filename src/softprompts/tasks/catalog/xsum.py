@@ -51,7 +51,7 @@ XSUM = register(
             local={split: f"research_only/xsum/{split}.jsonl" for split in ("train", "dev", "test")},
             hub=hub_splits("EdinburghNLP/xsum", train="train", dev="validation", test="test"),
         ),
-        metrics=("rouge_score_l",),
+        metrics=("rouge_score_1_stem", "rouge_score_2_stem", "rouge_score_l_stem"),
         decoding=DecodingConfig(
             strategy="beam", beams=6, length_penalty=0.8, min_new_tokens=11, max_new_tokens=62, banned=("\n", "\n\n")
         ),
