@@ -1,4 +1,4 @@
-"""Write docs/reference/{recipe,cli,errors}.md from the code. ``make reference`` runs it, a test checks its outcome."""
+"""Write docs/reference/{recipe,cli,errors,tasks}.md from the code; ``make reference`` runs it, a test checks it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 
 from softprompts import config, errors
 from softprompts.cli.main import VERBS, verb_function
+from softprompts.tasks.catalog import get_task, load_catalog
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = "<!-- Made by `make reference` from the code; a test checks that it is current. -->\n\n"
@@ -173,7 +174,51 @@ def errors_page() -> str:
     return NOTE + "\n".join(lines)
 
 
-PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "errors.md": errors_page}
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def tasks_page() -> str:
+    """The catalog as a table: what a task is, where its splits come from, how it is judged."""
+    lines = [
+        "# Tasks",
+        "",
+        "`task.name` of a recipe, `--task` of `evaluate` and `score`. *Picks* is what the best checkpoint is chosen",
+        "by. A split is read from the data folder (environment variable `SOFTPROMPTS_DATA`) where it is there, else",
+        "from the Hugging Face hub; `task.train=FILE`, `task.dev=FILE` and `task.test=FILE` take a file instead.",
+        "",
+        "| task | what | splits | metrics | picks | decoding | hub |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    settings = []
+    for name in load_catalog():
+        task = get_task(name)
+        hub = sorted({place.removeprefix("datasets:").split("?")[0] for place in task.source.hub.values()})
+        metrics = ", ".join(f"`{metric}`" for metric in task.metrics)
+        decoding = f"beam {task.decoding.beams}" if task.decoding.strategy == "beam" else task.decoding.strategy
+        splits = ", ".join(task.splits) or "yours"
+        cells = [f"`{name}`", cell(task.description), splits, metrics, f"`{task.selection}`"]
+        where = f"`{hub[0]}`" if hub else "in this package" if task.source.packaged else ""
+        lines.append(f"| {' | '.join([*cells, f'{decoding}, {task.decoding.max_new_tokens} tokens', where])} |")
+        settings += [(name, key, setting) for key, setting in task.settings.items()]
+    lines += [
+        "",
+        "## Settings",
+        "",
+        "Named settings of the papers (`task.setting.name`). Others are values: `task.setting.low_data`,",
+        "`task.setting.train_on`, `task.setting.judge_task`; see [`task.setting`](recipe.md#tasksetting).",
+        "What is trained on is never judged.",
+        "",
+        "| task | setting | trained on | judged on |",
+        "|---|---|---|---|",
+    ]
+    for name, key, setting in settings:
+        trained = ", ".join(setting.train_on) or "all"
+        judged = ", ".join(setting.judge_on) or "the rest"
+        lines.append(f"| `{name}` | `{key}` | {cell(trained)} | {cell(judged)} |")
+    return NOTE + "\n".join([*lines, ""])
+
+
+PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "errors.md": errors_page, "tasks.md": tasks_page}
 
 if __name__ == "__main__":
     main()

@@ -53,6 +53,20 @@ def encoded(frozen, examples, prompt=-1, with_target=True):
     return rows
 
 
+def test_records_of_a_group_are_judged_together(frozen, engine):
+    """MultiRC: what the model says is right for q1's both answers and for one of q2's two."""
+    rows = encoded(frozen, EXAMPLES[:4], with_target=False)
+    said = [one.text for one in predict(engine, rows, DECODING)]
+    right = [said[0], said[1], said[2], f"not {said[3]}"]
+    judged = [
+        replace(row, example=Example(row.example.input, text, id=row.example.id, metadata={"group": group}))
+        for row, text, group in zip(rows, right, ["q1", "q1", "q2", "q2"], strict=True)
+    ]
+    metrics = ("accuracy", "group_exact_match")
+    report = evaluate(engine, judged, metrics=metrics, decoding=DECODING)
+    assert {name: report.metrics[name].value for name in metrics} == {"accuracy": 75.0, "group_exact_match": 50.0}
+
+
 @pytest.mark.parametrize("prompt", [-1, 0])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_losses_are_those_of_the_plain_model(frozen, engine, prompt, batch_size):

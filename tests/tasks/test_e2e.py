@@ -1,6 +1,7 @@
 """E2E NLG in the official code's format."""
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -105,3 +106,20 @@ def test_the_real_files_have_the_published_sizes():
     assert (len(train), len({e.input for e in train})) == (42_061, 4_862)
     assert (len(dev), sum(len(e.references) for e in dev)) == (547, 4_672)
     assert {e.input for e in dev}.isdisjoint(e.input for e in train)
+
+
+@pytest.mark.data
+def test_the_training_lines_are_built_as_in_the_paper():
+    """All 42,061: ``' name : ... | Type : ... '``, the end token, ``' text'``, the end token; 4,672 pairs of dev."""
+    root = data_root()
+    if root is None or not (root / "e2e" / "train.jsonl").is_file():
+        pytest.skip("the E2E files are not there: set SOFTPROMPTS_DATA")
+    task = get_task("e2e")
+    key = "name|Type|price|customer rating|near|food|area|family friendly"
+    line = re.compile(rf" (?:{key}) : [^|]+(?: \| (?:{key}) : [^|]+)*<end token> \S.*<end token>", re.DOTALL)
+    lines = ["".join(segment.text for segment in task.format.segments(example)) for example in task.load("train")]
+    assert len(lines) == 42_061
+    assert [text for text in lines if not line.fullmatch(text)] == []
+    # The paper's dev file has a line per pair; here a meaning has its references together.
+    pairs = [(example.input, reference) for example in task.load("dev") for reference in example.references]
+    assert len(pairs) == 4_672

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from softprompts.cli.output import JsonOption, console_for, write_json
-from softprompts.config import DecodingConfig, TaskConfig, TrainRecipe, decode, override
+from softprompts.config import DecodingConfig, TaskConfig, TrainRecipe, decode, override, to_dict
 from softprompts.errors import ArtifactError, ConfigError, DataError, DataNotFoundError, nearest
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ def _facts(
     facts: dict[str, Any] = {
         "task": task.name,
         "split": split,
+        "setting": to_dict(recipe.task.setting),
         "limit": recipe.task.limit_train if split == "train" else recipe.task.limit_dev,
         "model": {"name": frozen.name, "fingerprint": frozen.fingerprint, "parameters": frozen.parameter_count},
         "prompt": None,

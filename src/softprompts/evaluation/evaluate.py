@@ -197,7 +197,9 @@ def evaluate(
     generated = time.perf_counter()
     texts = [one.text for one in predictions]
     references = [one.example.all_references for one in predictions]
-    values = score_all(metrics, texts, references, resamples=resamples, seed=seed)
+    named = tuple(str(one.example.metadata.get("group", "")) for one in predictions)
+    groups = named if all(named) else None  # MultiRC: the answers of one question
+    values = score_all(metrics, texts, references, resamples=resamples, seed=seed, groups=groups)
     alone = {metric.name: metric.aggregate(metric.statistics(texts, references)) for metric in chosen}
     return EvaluationReport(
         metrics={**values, **({"loss": losses.loss, "perplexity": losses.perplexity} if losses else {})},
