@@ -79,8 +79,9 @@ def test_every_row_is_as_likely_as_another(task: Task):
 
 
 def test_more_rows_than_there_are_are_refused(task: Task):
-    with pytest.raises(ConfigError, match=r"low_data=500 wants 500 rows of the train split; it has 400"):
+    with pytest.raises(ConfigError, match=r"low_data is 500, but the train split has 400 rows"):
         load(task, "train", low_data=500)
+    assert load(task, "dev", low_data=800) == load(task, "dev")  # a small dev split is taken whole
     with pytest.raises(ConfigError, match=r"low_data is 0, expected at least 1"):
         load(task, "train", low_data=0)
     with pytest.raises(ConfigError, match=r"dev_fraction is 0"):

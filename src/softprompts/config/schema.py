@@ -48,7 +48,7 @@ class SettingConfig:
     subsample: int = 0
     """Which random subsample; of one subsample, fewer rows are a part of more rows."""
     dev_fraction: float = 0.3
-    """Size of the dev split of a low-data run, as a share of its training rows (paper: 30 %)."""
+    """Size of the dev split of a low-data run, as a share of its training rows (paper: 30 %); at most all of it."""
     by: str | None = None
     """Field of the records that holds the category; ``None`` takes the task's own."""
     train_on: tuple[str, ...] = ()

@@ -83,18 +83,19 @@ def _matches(category: str, patterns: Sequence[str]) -> bool:
 def low_data(examples: Sequence[Example], setting: SettingConfig, split: str) -> list[Example]:
     """Draw the rows of a low-data run, in the order of the file; a test split stays whole.
 
-    Rows depend on ``subsample`` alone (not on the seed of the training), and those of 50 are among those of 100.
+    A dev split that is smaller than its share is taken whole. Rows depend on ``subsample`` alone (not on the seed of
+    the training), and those of 50 are among those of 100.
 
     Raises:
-        ConfigError: There are fewer rows than asked for.
+        ConfigError: There are fewer training rows than asked for.
     """
     if setting.low_data is None or split == "test":
         return list(examples)
-    size = setting.low_data if split == "train" else max(1, round(setting.low_data * setting.dev_fraction))
+    size = setting.low_data
+    if split == "dev":
+        size = min(max(1, round(size * setting.dev_fraction)), len(examples))
     if size > len(examples):
-        raise ConfigError(
-            f"task.setting.low_data={setting.low_data} wants {size} rows of the {split} split; it has {len(examples)}"
-        )
+        raise ConfigError(f"task.setting.low_data is {size}, but the train split has {len(examples)} rows")
     return _drawn(examples, f"low data/{split}/{setting.subsample}", 0, size)
 
 
