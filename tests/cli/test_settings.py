@@ -50,6 +50,7 @@ def test_a_setting_is_trained_recorded_and_judged(recipe: Path, tmp_path: Path, 
     assert "4 rows to train on, 2 dev" in capsys.readouterr().out
     kept = yaml.safe_load((folder / "recipe.yaml").read_text())["task"]["setting"]
     assert {key: kept[key] for key in wanted} == wanted
+    out = tmp_path / "out"
     # The prompt carries its recipe, so the domain it is judged on needs no second mention.
     assert run("evaluate", "--prompt", str(folder / "prompt"), "--split", "test", "--output", str(out)) == 0
     report = json.loads((out / "evaluation.json").read_text())
@@ -63,7 +64,7 @@ def test_a_setting_is_trained_recorded_and_judged(recipe: Path, tmp_path: Path, 
 def test_a_setting_that_is_none_is_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for word, message in {
         "low_date=5": "did you mean 'low_data'",
-        "low_data=50": "wants 50 rows of the train split; it has 12",
+        "low_data=50": "low_data is 50, but the train split has 12 rows",
         "name=unseen": "the task has no setting 'unseen'",
     }.items():
         assert run("train", str(recipe), "--set", f"task.setting.{word}", "--output", str(tmp_path / "run")) == 2
