@@ -8,7 +8,7 @@ import pytest
 
 from softprompts.cli.quickstart import quickstart_recipe
 from softprompts.config import TrainRecipe, load_recipe
-from softprompts.evaluation.metrics import METRICS
+from softprompts.evaluation.scorers import METRICS
 from softprompts.pretraining.recipe import PretrainRecipe
 from softprompts.tasks import get_task
 

@@ -8,7 +8,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 
 from softprompts.errors import ConfigError, DataError
-from softprompts.evaluation.metrics import METRICS, compare, rows_of, score, score_all
+from softprompts.evaluation.metrics import compare, rows_of, score, score_all
+from softprompts.evaluation.scorers import METRICS
 
 WORDS = ["The", "the", "cat", "sat", "on", "a", "mat,", "dog's", "£30", "5-star.", "Café", "?", "|", "naïve"]
 TEXT = st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join)

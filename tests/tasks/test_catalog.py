@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from softprompts.config import TaskConfig
 from softprompts.errors import DataError, DataNotFoundError, LengthError
-from softprompts.evaluation.metrics import METRICS
+from softprompts.evaluation.scorers import METRICS
 from softprompts.tasks import SPLITS, Task, get_task
 from softprompts.tasks.catalog import load_catalog
 from softprompts.tasks.encode import IGNORED_LABEL, collate, encode

@@ -10,7 +10,7 @@ import yaml
 
 from softprompts.config import TaskConfig, decode
 from softprompts.errors import ConfigError, DataError, DataNotFoundError
-from softprompts.evaluation.metrics import METRICS
+from softprompts.evaluation.scorers import METRICS
 from softprompts.tasks import END_TOKEN, SPLITS, TASKS, Source, Task, get_task, register, template_format
 from softprompts.tasks.catalog import load_catalog
 

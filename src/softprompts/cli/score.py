@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from softprompts.cli.output import JsonOption, console_for, write_json
-from softprompts.errors import ConfigError, DataNotFoundError, nearest
+from softprompts.errors import ConfigError, DataNotFoundError, MissingExtraError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from softprompts.evaluation.metrics import FloatArray
     from softprompts.evaluation.score_files import Gold
+    from softprompts.evaluation.scorers.base import FloatArray
     from softprompts.tasks import Task
 
 __all__ = ["score"]
@@ -50,7 +50,7 @@ def score(
     json: JsonOption = None,
 ) -> None:
     """Score a file of predictions: each metric with its bootstrap standard error, and its significance."""
-    from softprompts.evaluation.metrics import METRICS, compare_rows, rows_of, score_rows, unusable
+    from softprompts.evaluation.metrics import unusable
     from softprompts.evaluation.score_files import align, read_predictions
 
     console = console_for(json)
@@ -58,27 +58,11 @@ def score(
     lacking = unusable(list(sheet.values()))
     _tell(lacking, {key: name for key, name in sheet.items() if name in lacking}, console_for("-"))
     usable = {key: name for key, name in sheet.items() if name not in lacking}
-    for start in {METRICS.get(name).start for name in usable.values()} - {None}:
-        assert start is not None
-        start()
+    if not usable:
+        raise MissingExtraError("none of these metrics can be computed: " + "; ".join(dict.fromkeys(lacking.values())))
     gold = _gold(task, split, references or [])
     systems = [align(read_predictions(p), gold, lenient=lenient) for p in (predictions, against) if p is not None]
-    content: dict[str, Any] = {}
-    for key, name in sorted(usable.items(), key=lambda pair: METRICS.get(pair[1]).start is not None):
-        rows: list[FloatArray] = [rows_of(name, texts, gold.references, gold.groups or None) for texts in systems]
-        value, *others = [score_rows(name, one, resamples=resamples, seed=seed) for one in rows]
-        entry: dict[str, Any] = {"value": value.value, "stderr": value.stderr, "scale": METRICS.get(name).scale, "metric": name}
-        if others:
-            gap = compare_rows(name, rows[0], rows[1], resamples=resamples, seed=seed)
-            entry["against"] = {
-                "value": others[0].value,
-                "stderr": others[0].stderr,
-                "difference": gap.difference,
-                "difference_stderr": gap.stderr,
-                "p_value": gap.p_value,
-            }
-        content[key] = entry
-    content = {key: content[key] for key in usable}
+    content = _content(usable, systems, gold, resamples, seed)
     _show(content, console)
     about = {
         "task": task,
@@ -93,9 +77,38 @@ def score(
     write_json(json, {**content, "about": about})
 
 
+def _content(
+    metrics: Mapping[str, str], systems: Sequence[Sequence[str]], gold: Gold, resamples: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Score one system, or two and their difference; per name in the report."""
+    from softprompts.evaluation.metrics import compare_rows, rows_of, score_rows
+    from softprompts.evaluation.scorers import METRICS
+
+    table = {key: METRICS.get(name) for key, name in metrics.items()}
+    for start in {metric.start for metric in table.values()}:
+        if start is not None:
+            start()
+    content: dict[str, dict[str, Any]] = {}
+    for key in sorted(table, key=lambda key: table[key].start is not None):  # what takes long to start comes last
+        name = table[key].name
+        rows: list[FloatArray] = [rows_of(name, texts, gold.references, gold.groups or None) for texts in systems]
+        value, *others = [score_rows(name, one, resamples=resamples, seed=seed) for one in rows]
+        content[key] = {"value": value.value, "stderr": value.stderr, "scale": table[key].scale, "metric": name}
+        if others:
+            gap = compare_rows(name, rows[0], rows[1], resamples=resamples, seed=seed)
+            content[key]["against"] = {
+                "value": others[0].value,
+                "stderr": others[0].stderr,
+                "difference": gap.difference,
+                "difference_stderr": gap.stderr,
+                "p_value": gap.p_value,
+            }
+    return {key: content[key] for key in metrics}
+
+
 def _metrics(task: str | None, names: Sequence[str]) -> Mapping[str, str]:
     """Names in the report -> metrics. A name of a task's sheet means the sheet's metric."""
-    from softprompts.evaluation.metrics import METRICS
+    from softprompts.evaluation.scorers import METRICS
     from softprompts.evaluation.sheets import SHEETS
     from softprompts.tasks import get_task
 
@@ -162,8 +175,8 @@ def _show(content: Mapping[str, Mapping[str, Any]], console: Console) -> None:
     from rich.table import Table
 
     compared = any("against" in entry for entry in content.values())
-    more = ("other", "difference", "standard error", "p") if compared else ()
-    table = Table("metric", "value", "standard error", "scale", *more)
+    more = ("other", "difference", "±", "p") if compared else ()
+    table = Table("metric", "value", "±", "scale", *more, caption="±: standard error")
     for key, entry in content.items():
         row = [key, _number(entry["value"]), _number(entry["stderr"]), entry["scale"]]
         if compared:

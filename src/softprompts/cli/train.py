@@ -126,7 +126,7 @@ def run_recipe(config: TrainRecipe, *, resume: bool = False, console: Console | 
 def _selection(config: TrainRecipe, task: Task) -> Selection:
     """Find out which dev metric picks the best checkpoint, before anything heavy is loaded."""
     from softprompts.errors import ConfigError
-    from softprompts.evaluation.metrics import METRICS
+    from softprompts.evaluation.scorers import METRICS
     from softprompts.training import Selection
 
     name = config.evaluation.selection or task.selection

@@ -19,8 +19,9 @@ from torch.nn.functional import cross_entropy
 
 from softprompts.config import DecodingConfig, to_dict
 from softprompts.errors import DataError, StorageError
-from softprompts.evaluation.metrics import METRICS, score_all
+from softprompts.evaluation.metrics import score_all
 from softprompts.evaluation.predict import predict
+from softprompts.evaluation.scorers import METRICS
 from softprompts.inference import Engine
 from softprompts.prompted import PromptedLM
 from softprompts.tasks.encode import collate
@@ -170,7 +171,7 @@ def evaluate(
         engine: The model with its prompts.
         inputs: The examples without their targets, each row with its own prompt.
         targets: The same examples with their targets, in the same order; ``None`` measures no loss.
-        metrics: Names of metrics (:data:`~softprompts.evaluation.metrics.METRICS`).
+        metrics: Names of metrics (:data:`~softprompts.evaluation.scorers.base.METRICS`).
         decoding: How outputs are generated.
         seed: For sampling and for the bootstrap.
         resamples: Of the bootstrap.

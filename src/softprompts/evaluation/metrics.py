@@ -15,17 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from softprompts.errors import ConfigError, DataError, MissingExtraError
-from softprompts.evaluation.scorers.base import METRICS, FloatArray, Metric, mean
+from softprompts.evaluation.scorers import METRICS
+from softprompts.evaluation.scorers.base import FloatArray
 from softprompts.types import MetricValue
 
 __all__ = [
-    "METRICS",
     "Comparison",
-    "FloatArray",
-    "Metric",
     "compare",
     "compare_rows",
-    "mean",
     "rows_of",
     "score",
     "score_all",
@@ -69,7 +66,7 @@ def rows_of(
     """Compute sufficient statistics: [N, S] for N records, or [G, S] for G groups of records.
 
     Args:
-        name: A name in :data:`METRICS`.
+        name: A name in :data:`~softprompts.evaluation.scorers.base.METRICS`.
         predictions: One text per record.
         references: All acceptable texts of each record, at least one.
         groups: Which group each record belongs to (MultiRC: the question of an answer). Records of one group are
@@ -110,7 +107,7 @@ def score(
     """Score predictions.
 
     Args:
-        name: A name in :data:`METRICS`.
+        name: A name in :data:`~softprompts.evaluation.scorers.base.METRICS`.
         predictions: One text per record.
         references: All acceptable texts of each record, at least one.
         resamples: Bootstrap resamples of the records; 0 leaves the standard error out.
@@ -167,7 +164,7 @@ def compare(
     """Compare two systems on the same records.
 
     Args:
-        name: A name in :data:`METRICS`.
+        name: A name in :data:`~softprompts.evaluation.scorers.base.METRICS`.
         predictions: One text per record, of the first system.
         others: Likewise, of the system that it is compared with.
         references: All acceptable texts of each record.

@@ -1,4 +1,4 @@
-"""The metrics, one file per family; importing this package fills the table ``METRICS`` of its module ``base``."""
+"""The metrics, one file per family; importing this package fills the table ``METRICS``."""
 
 from softprompts.evaluation.scorers import (
     bleu,
@@ -12,5 +12,19 @@ from softprompts.evaluation.scorers import (
     rouge,
     winograd,
 )
+from softprompts.evaluation.scorers.base import METRICS, Metric
 
-__all__ = ["bleu", "caption", "classification", "edits", "meteor", "neural", "nist", "questions", "rouge", "winograd"]
+__all__ = [
+    "METRICS",
+    "Metric",
+    "bleu",
+    "caption",
+    "classification",
+    "edits",
+    "meteor",
+    "neural",
+    "nist",
+    "questions",
+    "rouge",
+    "winograd",
+]

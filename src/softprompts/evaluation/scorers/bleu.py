@@ -9,12 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 from sacrebleu.metrics.bleu import BLEU
 
-from softprompts.evaluation.scorers.base import FloatArray, Metric, Statistics, prepared, register
+from softprompts.evaluation.scorers.base import FloatArray, Metric, Statistics, register
 
 __all__ = ["webnlg_tokens"]
 
 _ORDER = 4
-_NON_WORD = re.compile(r"(\W)")
+_NON_WORD = re.compile(r"([^\w\u0307])")
+"""Non-word characters, but for the dot that a lower-cased "İ" leaves behind: tokenizing twice changes nothing."""
+
+_WEBNLG_REFERENCES = 3
+"""WebNLG's script takes at most this many."""
 
 
 def webnlg_tokens(text: str) -> str:
@@ -34,6 +38,26 @@ def _statistics(tokenize: str, *, lowercase: bool = False) -> Statistics:
         return np.asarray(rows, dtype=np.float64)
 
     return statistics
+
+
+def _parallel_statistics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> FloatArray:
+    """Statistics as of multi-bleu.perl, which reads parallel files of references.
+
+    A record with fewer references than others has empty lines in them. They match nothing, but the script takes them
+    for references of length 0: where the prediction is nearer to that than to the others, it costs no brevity penalty.
+    """
+    rows_NS = _statistics("none")(predictions, references)
+    numbers_N = np.array([len(texts) for texts in references])
+    length_N, reference_N = rows_NS[:, 0], rows_NS[:, 1]
+    nearer_N = length_N <= np.abs(length_N - reference_N)
+    rows_NS[:, 1] = np.where((numbers_N < numbers_N.max()) & nearer_N, 0.0, reference_N)
+    return rows_NS
+
+
+def _webnlg_statistics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> FloatArray:
+    outputs = [webnlg_tokens(text) for text in predictions]
+    texts = [[webnlg_tokens(text) for text in many[:_WEBNLG_REFERENCES]] for many in references]
+    return _parallel_statistics(outputs, texts)
 
 
 def _smoothed(sums_RS: FloatArray) -> FloatArray:
@@ -70,15 +94,16 @@ register(
     Metric(
         "multi_bleu",
         "multi-bleu.perl: tokens are what stands between blanks, cased, multi-reference; DART's official BLEU",
-        _statistics("none"),
+        _parallel_statistics,
         _unsmoothed,
     )
 )
 register(
     Metric(
         "webnlg_bleu",
-        "multi-bleu.perl -lc behind the tokenization of WebNLG 2017's scripts (split at every non-word character)",
-        prepared(_statistics("none"), webnlg_tokens),
+        "multi-bleu.perl -lc behind the tokenization of WebNLG 2017's scripts (split at non-word characters), "
+        "the first three references",
+        _webnlg_statistics,
         _unsmoothed,
     )
 )

@@ -18,9 +18,9 @@ TOKENIZER_JAR = "tokenizer/stanford-corenlp-3.4.1.jar"
 _PACKAGE = "pycocoevalcap"
 
 
-def missing_package(name: str) -> str:
+def missing_package(name: str, install: str = INSTALL) -> str:
     """Say that a package is not installed; an empty text if it is."""
-    return "" if importlib.util.find_spec(name) is not None else f"the package {name} is not installed ({INSTALL})"
+    return "" if importlib.util.find_spec(name) is not None else f"the package {name} is not installed ({install})"
 
 
 def missing_java() -> str:

@@ -68,11 +68,6 @@ def _bleurt(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
     return _rows(_guarded("BLEURT", f"the checkpoint in '{place}'", run))
 
 
-def _missing_mover_score() -> str:
-    found = importlib.util.find_spec("moverscore_v2") is not None
-    return "" if found else "the package moverscore_v2 is not installed (pip install moverscore)"
-
-
 def _missing_bleurt() -> str:
     if importlib.util.find_spec("bleurt") is None:
         return "the package bleurt is not installed (pip install git+https://github.com/google-research/bleurt)"
@@ -94,11 +89,7 @@ register(
         _mover_score,
         native_mean,
         scale="native",
-        missing=lambda: (
-            ""
-            if importlib.util.find_spec("moverscore_v2")
-            else "moverscore_v2 is not installed (pip install moverscore)"
-        ),
+        missing=functools.partial(missing_package, "moverscore_v2", "pip install moverscore"),
     )
 )
 register(
