@@ -2,6 +2,8 @@
 
 Input as in T5's preprocessor: ``query: ... entities: a, b passage: ...``; the highlights at the end of a passage become
 sentences of it. Training has one example per right entity, evaluation one per query. The entities are the choices.
+The paper starts its prompt from the words commonsense, reasoning, reading, comprehension
+(``prompt.initializer.labels``), there being no labels.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 As in T5's simplified form: the pronoun is marked, ``the cup broke because *it* was thin``, and the answer is the noun
 phrase. A record has a phrase and says whether it is the right one: training takes those where it is (259 of 554),
 evaluation takes all and asks whether the prediction is that phrase just where it should be. For that the references are
-the label and the phrase.
+the label and the phrase. There being no label words, the paper starts its prompt from commonsense, pronoun, resolution
+(``prompt.initializer.labels``).
 """
 
 from __future__ import annotations
