@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -137,14 +137,30 @@ def test_the_official_five_of_e2e_in_less_than_20_seconds():
     root = data_root()
     if root is None or not (root / E2E).is_dir():
         pytest.skip(f"{E2E} is not there: set SOFTPROMPTS_DATA")
-    started = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "softprompts", "score", "--task", "e2e", str(root / E2E / "outputs" / "tgen.txt")]
     environment = {**os.environ, "SOFTPROMPTS_DATA": str(root)}
     done = subprocess.run([*command, "--json", "-"], capture_output=True, text=True, check=True, env=environment)
-    seconds = time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     content = json.loads(done.stdout)
     found = {key: content[key]["value"] for key in ("bleu", "nist", "meteor", "rouge_l", "cider")}
     published = {"bleu": 65.93, "nist": 8.6094, "meteor": 44.83, "rouge_l": 68.50, "cider": 2.2338}
     assert found == pytest.approx(published, abs=5e-3)
     assert all(content[key]["stderr"] > 0 for key in found)
-    assert seconds < 20
+    # Processor time, Java's too: on an idle machine with two cores it takes less than that, on a busy one much more.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20
+
+
+def test_other_systems_answers_are_compared_with_the_data_set_s_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "data" / "qa" / "squad11_dev_part"
+    folder.mkdir(parents=True)
+    record = {"id": "q1", "context": "It cost £3.50.", "question": "How much?", "answers": {"text": ["£3.50"]}}
+    (folder / "titles_a36.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    (tmp_path / "out.json").write_text('{"q1": "£3.50"}', encoding="utf-8")
+    monkeypatch.setenv("SOFTPROMPTS_DATA", str(tmp_path / "data"))
+    code, out, _ = run(capsys, tmp_path / "out.json", "--task", "squad", "--json", "-")
+    content = json.loads(out)
+    assert code == 0
+    assert (content["exact_match"]["value"], content["f1"]["value"]) == (100.0, 100.0)

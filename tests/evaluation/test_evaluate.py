@@ -13,7 +13,7 @@ import torch
 
 from conftest import tiny_model
 from softprompts.config import DecodingConfig
-from softprompts.errors import ConfigError, DataError, StorageError
+from softprompts.errors import ConfigError, DataError, MissingExtraError, StorageError
 from softprompts.evaluation.evaluate import TargetLosses, evaluate, target_losses, write_report
 from softprompts.evaluation.metrics import score
 from softprompts.evaluation.predict import predict
@@ -168,8 +168,12 @@ def test_infinite_perplexity_is_written_as_null(frozen, engine):
     assert report.to_dict()["metrics"]["perplexity"] == {"value": None, "stderr": None}
 
 
-def test_mistakes_are_refused(frozen, engine, tmp_path):
+def test_mistakes_are_refused(frozen, engine, tmp_path, monkeypatch):
     inputs, targets = encoded(frozen, EXAMPLES, with_target=False), encoded(frozen, EXAMPLES)
+    with monkeypatch.context() as patched:
+        patched.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(MissingExtraError, match="'meteor' cannot be computed"):
+            evaluate(engine, inputs, metrics=("meteor",), decoding=DECODING)
     with pytest.raises(ConfigError, match="rouge_score_l"):
         evaluate(engine, inputs, metrics=("rouge",), decoding=DECODING)
     with pytest.raises(DataError, match="same records in the same order"):

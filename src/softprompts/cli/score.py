@@ -156,7 +156,8 @@ def _gold_of_task(task: Task, split: str) -> Gold:
     groups = tuple(str(one.metadata.get("group", "")) for one in examples)
     return Gold(
         f"the {split} split of '{task.name}'",
-        tuple(one.all_references for one in examples),
+        # SQuAD's references have spaces around punctuation, as models are taught; other systems' predictions do not.
+        tuple(one.metadata.get("answers", one.all_references) for one in examples),
         tuple(one.id for one in examples),
         # ReCoRD's entities are choices of each example; its script takes any text, and so do the other free tasks.
         tuple(task.choices for _ in examples) if task.choices else (),

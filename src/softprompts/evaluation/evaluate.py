@@ -18,8 +18,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from softprompts.config import DecodingConfig, to_dict
-from softprompts.errors import DataError, StorageError
-from softprompts.evaluation.metrics import score_all
+from softprompts.errors import DataError, MissingExtraError, StorageError
+from softprompts.evaluation.metrics import score_all, unusable
 from softprompts.evaluation.predict import predict
 from softprompts.evaluation.scorers import METRICS
 from softprompts.inference import Engine
@@ -180,10 +180,15 @@ def evaluate(
 
     Raises:
         ConfigError: A metric is unknown, or the decoding options make no sense.
+        MissingExtraError: A metric needs something that is not installed.
         DataError: There are no records, or ``targets`` are other records than ``inputs``.
         LengthError: A row does not fit into the context.
     """
-    chosen = [METRICS.get(name) for name in metrics]  # an unknown name is refused before minutes of work
+    chosen = [METRICS.get(name) for name in metrics]  # what cannot be scored is refused before minutes of work
+    if lacking := unusable(metrics):
+        raise MissingExtraError(
+            "; ".join(f"metric '{name}' cannot be computed: {why}" for name, why in lacking.items())
+        )
     if not inputs:
         raise DataError("there are no records to evaluate on; expected at least one")
     if targets is not None and [row.example.id for row in targets] != [row.example.id for row in inputs]:

@@ -47,7 +47,8 @@ def question_example(question: str, context: str, answers: tuple[str, ...], spli
     """Make the example of a question; in training it has one answer, the first."""
     padded = tuple(map(pad_punctuation, answers))
     text = f"question: {pad_punctuation(question)} context: {pad_punctuation(context)}"
-    return Example(text, padded[0], references=() if split == "train" else padded, id=identity)
+    original = {"answers": answers}  # predictions of other systems have no spaces around punctuation
+    return Example(text, padded[0], references=() if split == "train" else padded, id=identity, metadata=original)
 
 
 def _read(record: Mapping[str, Any], split: str) -> list[Example]:
