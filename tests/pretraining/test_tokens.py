@@ -40,6 +40,7 @@ def test_saved_tokenizer_loads_offline_and_adds_nothing(tmp_path: Path) -> None:
     assert loaded(text)["input_ids"] == tokenizer.encode(text).ids
     assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (0, 0, 1)
     assert loaded.model_max_length == 32
+    assert '"tokenizer_class": "PreTrainedTokenizerFast"' in (tmp_path / "tokenizer_config.json").read_text()
 
 
 def test_token_file_holds_whole_documents(prepared: tuple[PretrainRecipe, TokenFiles]) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompts.errors import DataNotFoundError
-from softprompts.pretraining.probes import blimp, copying, induction, sample
+from softprompts.pretraining.probes import COPY_TEMPLATES, blimp, copying, induction, sample
 
 __all__ = ["SAMPLE_PROMPTS", "measure", "package", "write_card"]
 
@@ -170,9 +170,10 @@ def _quality_tables(result: dict[str, Any], probes: dict[str, Any]) -> str:
         f"| an invented name repeated out of a templated record, exactly | {100 * copied['accuracy']:.1f} % "
         f"(± {100 * copied['standard_error']:.1f}) |",
     ]
-    for number, value in ((k, v) for k, v in copied.items() if k.startswith("template_")):
-        lines.append(f"| ... {number.replace('_', ' ')} | {100 * value:.0f} % |")
-    lines.append(f"| next word of a list of 20 random words, the second time | {100 * repeated['accuracy']:.1f} % |")
+    for number, (context, _) in enumerate(COPY_TEMPLATES):
+        shown = context.replace("|", "\\|").replace("\n", " ⏎ ")
+        lines.append(f"| ... after `{shown}` | {100 * copied[f'template_{number}']:.0f} % |")
+    lines.append(f"| a word of a list of 20 common words, the second time | {100 * repeated['accuracy']:.1f} % |")
     if "blimp" in probes:
         scored = probes["blimp"]
         lines.append(

@@ -59,6 +59,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         clean_up_tokenization_spaces=False,
     )
     wrapped.save_pretrained(str(folder))
+    # transformers 5 writes a class name that 4 does not know; both know this one, and so do engines built on either.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
