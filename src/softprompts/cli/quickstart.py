@@ -28,7 +28,7 @@ def quickstart(
     output: Annotated[
         Path, typer.Option("--output", metavar="DIR", help="Where the run and its prompt are saved.")
     ] = Path("runs/quickstart"),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Updates of the prefix.")] = 600,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Updates of the prefix.")] = 300,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Judge on so many records per split.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     json: JsonOption = None,
@@ -92,7 +92,7 @@ def quickstart_recipe(output: Path, *, steps: int, limit: int | None = None, see
         optimizer=config.OptimizerConfig(name="adamw", learning_rate=5e-3),
         schedule=config.ScheduleConfig(name="linear", warmup_steps=20),
         training=config.TrainingConfig(
-            max_steps=steps, batch_size=16, validate_every_steps=200, checkpoint_every_steps=200, seed=seed
+            max_steps=steps, batch_size=16, validate_every_steps=100, checkpoint_every_steps=100, seed=seed
         ),
         evaluation=config.EvaluationConfig(
             metrics=("bleu", "rouge_score_l"), decoding=config.DecodingConfig(max_new_tokens=64, batch_size=100)
