@@ -214,7 +214,8 @@ class FrozenLM:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text`` without special tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        # verbose: the tokenizer warns of long texts, which we refuse or cut ourselves
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def tokenize_words(self, text: str) -> list[int]:
         """Token ids of ``text`` as it would stand inside a sentence.
