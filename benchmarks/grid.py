@@ -37,6 +37,12 @@ def run(arguments: list[str], log: Path, threads: int) -> None:
         raise SystemExit(f"softprompts {arguments[0]} ended with {code}; see {log}")
 
 
+def commit() -> str:
+    """Return the commit that is checked out now."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def cell(row: dict[str, Any], seed: int, grid: dict[str, Any], work: Path, threads: int) -> dict[str, Any]:
     """Train and evaluate one cell, or read what an earlier run left of it."""
     place = work / f"{row['name'].replace(' ', '_').replace('=', '')}-seed{seed}"
@@ -59,7 +65,8 @@ def cell(row: dict[str, Any], seed: int, grid: dict[str, Any], work: Path, threa
     options = [word for item in grid["evaluate"].get("set", []) for word in ("--set", item)]
     task = ["--task", grid["evaluate"]["task"], "--split", grid["evaluate"]["split"]]
     run(["evaluate", *evaluated, *task, *options, "--json", str(judged), "--output", str(place)], log, threads)
-    found = {"name": row["name"], "seed": seed, "train": trained, "evaluate": json.loads(judged.read_text())}
+    found = {"name": row["name"], "seed": seed, "commit": commit(), "train": trained}
+    found["evaluate"] = json.loads(judged.read_text())
     result.write_text(json.dumps(found))
     return found
 
@@ -111,26 +118,23 @@ def main() -> None:
     grid = yaml.safe_load(options.grid.read_text())
     metrics = grid["evaluate"]["metrics"]
     plan = [(row, seed) for row in grid["rows"] for seed in (grid["seeds"] if "recipe" in row else [0])]
-    started = time.time()
     with ThreadPoolExecutor(options.jobs) as pool:
         cells = list(pool.map(lambda item: cell(*item, grid, options.work, options.threads), plan))
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False)
     processes = f"{options.jobs} runs at a time with {options.threads} threads"
     rows = summary(cells, metrics)
     facts = {
         "title": grid["title"],
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
+        "commits": sorted({item["commit"] for item in cells}),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {processes}",
-        "hours": (time.time() - started) / 3600,
+        "training_hours": sum(item["train"].get("seconds", 0) for item in cells) / 3600,
         "command": f"python benchmarks/grid.py {options.grid} --out {options.out} --work WORK",
         "model_fingerprint": cells[0]["evaluate"]["model"]["fingerprint"],
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     lines = [f"# {grid['title']}", "", grid.get("text", "").strip(), "", table(rows, metrics), ""]
-    lines += [f"{key}: {facts[key]}  " for key in ("date", "commit", "hardware", "model_fingerprint", "command")]
+    lines += [f"{key}: {facts[key]}  " for key in ("date", "commits", "hardware", "model_fingerprint", "command")]
     lines.append("")
     lines.append("± is the standard error over the seeds (over the records, by bootstrap, where there is one seed).")
     options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")

@@ -34,7 +34,7 @@ WAYS = {
     "mlp, regression": ReparamConfig(name="mlp", start="regression"),
     "mlp, random": ReparamConfig(name="mlp"),
 }
-LENGTHS = (5, 10, 50, 100)
+LENGTHS = (5, 10, 50)
 
 
 def main() -> None:
