@@ -191,3 +191,13 @@ def test_the_verb_reads_overrides_and_writes_json(
         main([*command, "--set", "training.max_step=3"])
     assert exit_.value.code == 2
     assert "did you mean 'max_steps'" in capsys.readouterr().err
+
+
+def test_templates_are_options_of_the_verb(recipe: Callable[..., TrainRecipe], tmp_path: Path):
+    run_recipe(recipe(training={"max_steps": 1}))
+    command = ["train", str(tmp_path / "run" / "recipe.yaml"), "--output", str(tmp_path / "other")]
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--format", "It says: {animal} So:", "--target", "{sound}!"])
+    assert exit_.value.code == 0
+    task = yaml.safe_load((tmp_path / "other" / "recipe.yaml").read_text())["task"]
+    assert (task["format"], task["target"]) == ("It says: {animal} So:", "{sound}!")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from softprompts.cli.loading import TargetOption, TemplateOption, template_overrides
 from softprompts.cli.output import JsonOption, console_for, write_json
 from softprompts.config import DecodingConfig, TaskConfig, TrainRecipe, decode, override, to_dict
 from softprompts.errors import ArtifactError, ConfigError, DataError, DataNotFoundError, nearest
@@ -46,6 +47,8 @@ def evaluate(
         str | None, typer.Option("--task", metavar="TASK", help="Name of the task (default: the prompt's own).")
     ] = None,
     split: Annotated[str, typer.Option("--split", help="train, dev or test.")] = "test",
+    format: TemplateOption = None,
+    target: TargetOption = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="A random sample of so many records.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of sampling and of the bootstrap.")] = 0,
     set_: _SetOption = None,
@@ -55,7 +58,7 @@ def evaluate(
     json: JsonOption = None,
 ) -> None:
     """Generate an answer to every record, and report metrics, loss and perplexity with standard errors."""
-    recipe = _recipe_of(prompt, model, task, set_ or [])
+    recipe = _recipe_of(prompt, model, task, [*template_overrides(format, target), *(set_ or [])])
     if limit is not None:
         recipe = replace(recipe, task=replace(recipe.task, limit_train=limit, limit_dev=limit))
     console = console_for(json)

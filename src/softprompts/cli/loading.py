@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from softprompts.config import ModelConfig, TaskConfig
 
@@ -13,9 +15,32 @@ if TYPE_CHECKING:
     from softprompts.tasks.task import Task
     from softprompts.types import Encoded, Example
 
-__all__ = ["BUNDLED", "encode_rows", "load_frozen", "resolve_model"]
+__all__ = [
+    "BUNDLED",
+    "TargetOption",
+    "TemplateOption",
+    "encode_rows",
+    "load_frozen",
+    "resolve_model",
+    "template_overrides",
+]
 
 BUNDLED = "bundled"
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--format", metavar="TEMPLATE", help='Input of the task "records", such as "Review: {text} Sentiment:".'
+    ),
+]
+TargetOption = Annotated[
+    str | None, typer.Option("--target", metavar="TEMPLATE", help='Target of the task "records", such as "{label}".')
+]
+
+
+def template_overrides(format: str | None, target: str | None) -> list[str]:
+    """Write the options ``--format`` and ``--target`` as overrides of a recipe."""
+    given = {"task.format": format, "task.target": target}
+    return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
 def resolve_model(name_or_path: str) -> str:

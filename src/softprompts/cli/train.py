@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from softprompts.cli.loading import TargetOption, TemplateOption, template_overrides
 from softprompts.cli.output import JsonOption, console_for, write_json
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value of the recipe; repeatable.")
     ] = None,
+    format: TemplateOption = None,
+    target: TargetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint, exactly.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="The run's folder, instead of the recipe's.")
@@ -51,7 +54,7 @@ def train(
     """
     from softprompts.config import TrainRecipe, load_recipe
 
-    config = load_recipe(recipe, TrainRecipe, set_ or [])
+    config = load_recipe(recipe, TrainRecipe, [*template_overrides(format, target), *(set_ or [])])
     if output is not None:
         config = dataclasses.replace(config, output_dir=str(output))
     console = console_for(json)
