@@ -71,6 +71,11 @@ def cell(row: dict[str, Any], seed: int, grid: dict[str, Any], work: Path, threa
     return found
 
 
+def _tuned(item: dict[str, Any]) -> bool:
+    """Whether the cell's model is no longer the frozen one."""
+    return item["train"].get("method") == "fine_tuning"
+
+
 def summary(cells: list[dict[str, Any]], metrics: list[str]) -> list[dict[str, Any]]:
     """One entry per row: means over the seeds, standard errors of those means, and what the seeds gave."""
     rows = []
@@ -129,12 +134,12 @@ def main() -> None:
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {processes}",
         "training_hours": sum(item["train"].get("seconds", 0) for item in cells) / 3600,
         "command": f"python benchmarks/grid.py {options.grid} --out {options.out} --work WORK",
-        "model_fingerprint": cells[0]["evaluate"]["model"]["fingerprint"],
+        "model_fingerprints": sorted({item["evaluate"]["model"]["fingerprint"] for item in cells if not _tuned(item)}),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     lines = [f"# {grid['title']}", "", grid.get("text", "").strip(), "", table(rows, metrics), ""]
-    lines += [f"{key}: {facts[key]}  " for key in ("date", "commits", "hardware", "model_fingerprint", "command")]
+    lines += [f"{key}: {facts[key]}  " for key in ("date", "commits", "hardware", "model_fingerprints", "command")]
     lines.append("")
     lines.append("± is the standard error over the seeds (over the records, by bootstrap, where there is one seed).")
     options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
