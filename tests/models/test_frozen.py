@@ -41,9 +41,9 @@ def test_gradient_checkpointing_changes_nothing(family: str) -> None:
             logits = PromptedLM(frozen, [prompt]).label_logits(batch)
             loss = torch.nn.functional.cross_entropy(logits.logits_MV, logits.labels_M)
             loss.backward()
-            results.append((loss.detach(), prompt.table().grad, next(p.grad for p in prompt.parameters())))
+            results.append((loss.detach(), next(p.grad for p in prompt.parameters())))
         torch.testing.assert_close(results[0][0], results[1][0])
-        torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-7)
     assert saving.model.is_activation_checkpointing
 
 

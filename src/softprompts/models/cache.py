@@ -46,7 +46,3 @@ class DecodeState:
         }
         visible = None if steering.visible_BP is None else steering.visible_BP[rows_R]
         self.steering = Steering(steering.layer_of, keys_values, visible)
-
-    def reorder(self, rows_B: Tensor) -> None:
-        """Alias of :meth:`select` for a permutation with repeats."""
-        self.select(rows_B)
