@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DynamicCache
 
 from softprompts.errors import PromptMismatchError
@@ -29,10 +30,12 @@ from softprompts.models.inputs import (
     rows_of_prompts,
     visible_positions,
 )
+from softprompts.models.label_loss import chunked_cross_entropy
+from softprompts.models.packing import pack
 from softprompts.prompts.base import SoftPrompt
 from softprompts.types import Batch, PromptStates
 
-__all__ = ["LabelLogits", "PromptedLM"]
+__all__ = ["LabelLogits", "LabelLosses", "PromptedLM"]
 
 
 class LabelLogits(NamedTuple):
@@ -40,6 +43,16 @@ class LabelLogits(NamedTuple):
 
     logits_MV: Tensor
     """Float32."""
+    labels_M: Tensor
+    row_M: Tensor
+    """Row of the batch that each position belongs to."""
+
+
+class LabelLosses(NamedTuple):
+    """Cross-entropy where something is to be predicted."""
+
+    losses_M: Tensor
+    """Float32, with gradient."""
     labels_M: Tensor
     row_M: Tensor
     """Row of the batch that each position belongs to."""
@@ -69,6 +82,8 @@ class PromptedLM(nn.Module):
         self._frozen = (frozen,)
         self.prompts = nn.ModuleList(prompts)
         self.to(frozen.device)
+        self.packing = True
+        """Whether training and scoring run all rows as one packed row, where the model allows it."""
 
     @property
     def frozen(self) -> FrozenLM:
@@ -103,16 +118,18 @@ class PromptedLM(nn.Module):
         )
 
     def _steering(self, batch: Batch, states: Sequence[PromptStates]) -> tuple[Steering, Tensor]:
+        self._check_prompts(batch, len(states))
+        used, row_B = prompts_in_use(states, batch.prompt_of_row_B)
+        steering = Steering(self.frozen.layer_of, rows_of_prompts(used, row_B), visible_positions(used, row_B))
+        return steering, prompt_lengths(used, row_B)
+
+    def _check_prompts(self, batch: Batch, known: int) -> None:
         prompt_of_row_B = batch.prompt_of_row_B
-        known = len(states)
         if bool((prompt_of_row_B >= known).any()) or bool((prompt_of_row_B < -1).any()):
             raise PromptMismatchError(
                 f"a row asks for prompt {int(prompt_of_row_B.max())}, but there are {known} prompts (counted from 0, "
                 "-1 for none)"
             )
-        used, row_B = prompts_in_use(states, prompt_of_row_B)
-        steering = Steering(self.frozen.layer_of, rows_of_prompts(used, row_B), visible_positions(used, row_B))
-        return steering, prompt_lengths(used, row_B)
 
     def label_logits(self, batch: Batch, states: Sequence[PromptStates] | None = None) -> LabelLogits:
         """Predict the labels of a batch. The head runs on label positions only.
@@ -126,10 +143,56 @@ class PromptedLM(nn.Module):
             LengthError: A row does not fit into the context.
             PromptMismatchError: A row asks for a prompt that is not there.
         """
+        hidden_MD, labels_M, row_M = self._label_states(batch, states)
+        return LabelLogits(self.frozen.head(hidden_MD), labels_M, row_M)
+
+    def label_losses(self, batch: Batch, states: Sequence[PromptStates] | None = None) -> LabelLosses:
+        """Cross-entropy of a batch's labels; the logits of a large vocabulary are never in memory all at once.
+
+        Args:
+            batch: With labels.
+            states: What :meth:`states` returned in this step; computed here if left out, which is also the faster way
+                to train: embedding prompts then run in the same pass as the text.
+
+        Raises:
+            DataError: There are no labels, or one stands first in its row.
+            LengthError: A row does not fit into the context.
+            PromptMismatchError: A row asks for a prompt that is not there.
+        """
+        hidden_MD, labels_M, row_M = self._label_states(batch, states)
+        if self.frozen.head_is_trained:
+            logits_MV = self.frozen.head(hidden_MD)
+            return LabelLosses(functional.cross_entropy(logits_MV, labels_M, reduction="none"), labels_M, row_M)
+        vocab_size = self.frozen.geometry.vocab_size
+        losses_M = chunked_cross_entropy(self.frozen.head, hidden_MD, labels_M, vocab_size=vocab_size)
+        return LabelLosses(losses_M, labels_M, row_M)
+
+    def _label_states(self, batch: Batch, states: Sequence[PromptStates] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states that predict the labels ``[M, D]``, the labels and their rows."""
         row_M, column_M, labels_M = label_positions(batch)
+        if self.packing and self.frozen.packable:
+            return self._packed_states(batch, row_M, column_M, states), labels_M, row_M
         steering, length_B = self._steering(batch, self.states() if states is None else states)
-        hidden_BTD = self._hidden_states(batch, steering, length_B)
-        return LabelLogits(self.frozen.head(hidden_BTD[row_M, column_M]), labels_M, row_M)
+        return self._hidden_states(batch, steering, length_B)[row_M, column_M], labels_M, row_M
+
+    def _packed_states(
+        self, batch: Batch, row_M: Tensor, column_M: Tensor, states: Sequence[PromptStates] | None
+    ) -> Tensor:
+        """Run all real tokens of a batch as one row, without a pad."""
+        frozen = self.frozen
+        self._check_prompts(batch, len(self.prompts) if states is None else len(states))
+        in_use = batch.prompt_of_row_B.unique().tolist()
+        # Only what this batch carries is computed; the others' places hold nothing and are dropped just below.
+        known = states or [
+            prompt() if number in in_use else PromptStates(length=0) for number, prompt in enumerate(self.prompts)
+        ]
+        used, row_B = prompts_in_use(known, batch.prompt_of_row_B)
+        packing = pack(batch.mask_BT, used, row_B)
+        length_B, text_B = prompt_lengths(used, row_B), batch.mask_BT.sum(dim=1)
+        longest = int((length_B + text_B).argmax())
+        check_length(frozen.geometry, int(length_B[longest]), int(text_B[longest]))
+        hidden_MD = frozen.packed_hidden_states(batch.ids_BT.flatten()[packing.index_M], packing)
+        return hidden_MD[packing.packed_of_BT[row_M, column_M]]
 
     @torch.no_grad()
     def start(self, batch: Batch, states: Sequence[PromptStates] | None = None) -> tuple[Tensor, DecodeState]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from softprompts.config import DecodingConfig, to_dict
 from softprompts.errors import DataError, MissingExtraError, StorageError
@@ -86,8 +85,7 @@ def target_losses(prompted: PromptedLM, rows: Sequence[Encoded], *, batch_size: 
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         batch = collate([rows[index] for index in indices], pad_id=frozen.pad_id).to(frozen.device)
-        logits_MV, labels_M, row_M = prompted.label_logits(batch, states)
-        nll_M = cross_entropy(logits_MV, labels_M, reduction="none")
+        nll_M, _, row_M = prompted.label_losses(batch, states)
         nll_B = torch.zeros(len(indices), dtype=torch.float64).index_add_(0, row_M.cpu(), nll_M.double().cpu())
         nll_N[indices] = nll_B
     return TargetLosses(tuple(nll_N.tolist()), tuple(len(row.ids) - row.target_start for row in rows))

@@ -19,6 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from softprompts.models.kernels import packed_attention
+from softprompts.models.packing import Packing
 from softprompts.types import LayerKey
 
 __all__ = ["IMPLEMENTATION", "Seen", "Steering", "attend", "register_attention"]
@@ -51,17 +53,43 @@ class Steering:
     """Per layer keys and values ``[B or 1, N, P, H]``; a leading 1 is expanded to all rows, never copied."""
     visible_BP: Tensor | None = None
     """Which prompt positions a row may see (bool); ``None`` means that all rows see all of them."""
+    visible_at: Mapping[LayerKey, Tensor] = field(default_factory=dict)
+    """The same for layers where it differs, because not every prompt of the batch reaches them."""
+    unbiased: bool = False
+    """Leave relative position biases out: then a key counts the same wherever it stands (only a check needs that)."""
+    packing: Packing | None = None
+    """If given: the batch is one packed row and its prompts come from here (``keys_values`` is not looked at)."""
     captured: dict[LayerKey, tuple[Tensor, Tensor]] | None = None
     """If a dict: every layer writes its own text keys and values ``[B, N, S, H]`` there."""
     seen: list[Seen] | None = None
     """If a list: every call is recorded there (probing only)."""
-    _masks: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
+    _masks: dict[tuple[int, bool, int], tuple[Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
 
     def begin(self) -> None:
         """Start another forward pass with the same prompts (a decoding step): its masks are new."""
         self._masks.clear()
 
-    def widened(self, mask: Tensor | None, query_BNTH: Tensor, keys_BNSH: Tensor, length: int, causal: bool) -> Tensor:
+    def select(self, rows_R: Tensor) -> Steering:
+        """Return what steers rows ``rows_R`` of the present ones (masks of the last forward pass are left behind)."""
+        keys_values = {
+            layer: (keys if keys.shape[0] == 1 else keys[rows_R], values if values.shape[0] == 1 else values[rows_R])
+            for layer, (keys, values) in self.keys_values.items()
+        }
+        visible_BP = None if self.visible_BP is None else self.visible_BP[rows_R]
+        # layers that the same prompts reach share one mask, and go on sharing it
+        chosen = {id(visible): visible[rows_R] for visible in self.visible_at.values()}
+        visible_at = {layer: chosen[id(visible)] for layer, visible in self.visible_at.items()}
+        return Steering(self.layer_of, keys_values, visible_BP, visible_at)
+
+    def widened(
+        self,
+        mask: Tensor | None,
+        query_BNTH: Tensor,
+        keys_BNSH: Tensor,
+        length: int,
+        causal: bool,
+        layer: LayerKey | None = None,
+    ) -> Tensor:
         """Put the prompt's columns in front of the text's attention mask.
 
         Layers of one kind share their mask, so each distinct mask is widened once per forward.
@@ -73,13 +101,16 @@ class Steering:
             keys_BNSH: Text keys (for their shape).
             length: P.
             causal: What ``None`` stands for: causal, or everything visible.
+            layer: Which layer asks; see :attr:`visible_at`.
 
         Returns:
             Bool ``[B or 1, 1, T, P + S]``, true where attention is allowed.
         """
         T, S = query_BNTH.shape[2], keys_BNSH.shape[2]
+        visible_BP = self.visible_at.get(layer, self.visible_BP) if layer is not None else self.visible_BP
+        place = (id(mask) if mask is not None else -T, causal, id(visible_BP))
         # The mask itself is kept beside the result: an id alone may be reused after the tensor is freed.
-        entry = self._masks.get(id(mask) if mask is not None else -T)
+        entry = self._masks.get(place)
         if entry is not None and entry[0] is mask and entry[1].shape[-2:] == (T, length + S):
             return entry[1]
         text = mask
@@ -87,13 +118,13 @@ class Steering:
             text = torch.ones(1, 1, T, S, dtype=torch.bool, device=query_BNTH.device)
             text = text.tril(S - T) if causal else text
         rows = text.shape[0]
-        if self.visible_BP is None:
+        if visible_BP is None:
             front = text.new_ones(rows, 1, T, length)
         else:
-            front = self.visible_BP[:, None, None, :].expand(-1, 1, T, -1)
+            front = visible_BP[:, None, None, :].expand(-1, 1, T, -1)
             text = text.expand(front.shape[0], -1, -1, -1)
         wide = torch.cat([front, text], dim=-1)
-        self._masks[id(mask) if mask is not None else -T] = (mask, wide)
+        self._masks[place] = (mask, wide)
         return wide
 
 
@@ -131,14 +162,47 @@ def attend(
     layer = steering.layer_of.get(module)
     if layer is not None and steering.captured is not None:
         steering.captured[layer] = (key, value)
+    if steering.unbiased:
+        kwargs["position_bias"] = None
+    bias = kwargs.get("position_bias")
+    if steering.packing is not None:
+        return _attend_packed(steering.packing, layer, query, key, value, kwargs), None
     if layer is not None and layer in steering.keys_values:
         keys_P, values_P = steering.keys_values[layer]
         causal = bool(getattr(module, "is_causal", True))
-        attention_mask = steering.widened(attention_mask, query, key, keys_P.shape[2], causal)
+        attention_mask = steering.widened(attention_mask, query, key, keys_P.shape[2], causal, layer)
+        if isinstance(bias, Tensor):  # a prompt has no distance to the text
+            kwargs["position_bias"] = nn.functional.pad(bias, (keys_P.shape[2], 0))
         B = query.shape[0]
         key = torch.cat([keys_P.to(key.dtype).expand(B, -1, -1, -1), key], dim=2)
         value = torch.cat([values_P.to(value.dtype).expand(B, -1, -1, -1), value], dim=2)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[arg-type]
+
+
+def _attend_packed(
+    packing: Packing,
+    layer: LayerKey | None,
+    query_1AMH: Tensor,
+    key_1NMH: Tensor,
+    value_1NMH: Tensor,
+    kwargs: Mapping[str, object],
+) -> Tensor:
+    """Attention of a packed row, ``[1, M, A, H]``."""
+    prefixes: list[tuple[Tensor, Tensor] | None] = []
+    for layers in packing.keys_values:
+        pair = layers.get(layer) if layer is not None else None
+        prefixes.append(None if pair is None else (pair[0].to(key_1NMH.dtype), pair[1].to(value_1NMH.dtype)))
+    scale, window = kwargs.get("scaling"), kwargs.get("sliding_window")
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query_1AMH, key_1NMH, value_1NMH))
+    return packed_attention(
+        query,
+        key,
+        value,
+        packing,
+        prefixes,
+        scale=float(scale) if isinstance(scale, (int, float)) else None,
+        window=window if isinstance(window, int) else None,
+    )[None]
 
 
 def register_attention() -> None:

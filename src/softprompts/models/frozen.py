@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from softprompts.errors import ConfigError, DataNotFoundError, UnsupportedModelError, nearest
 from softprompts.models.attention import IMPLEMENTATION, Steering, register_attention
 from softprompts.models.geometry import probe
-from softprompts.types import LayerKey
+from softprompts.models.packing import Packing, pack
+from softprompts.types import LayerKey, PromptStates
 
 __all__ = ["FrozenLM"]
 
@@ -56,6 +57,7 @@ class FrozenLM:
             model.set_attn_implementation(IMPLEMENTATION)
             self.geometry, self.layer_of = probe(model)
             self._verify()
+            self.packable = self._packs_exactly()
         except UnsupportedModelError:
             self.release()
             raise
@@ -290,10 +292,71 @@ class FrozenLM:
         states: Tensor = self.model.base_model(steering=steering, **inputs).last_hidden_state
         return states
 
+    def packed_hidden_states(self, ids_M: Tensor, packing: Packing) -> Tensor:
+        """Run rows that lie one behind the other, embedded prompts in front of them.
+
+        Args:
+            ids_M: Text tokens in packed order, the tokens of embedded prompts not among them.
+            packing: Where they lie; see :func:`softprompts.models.packing.pack`.
+
+        Returns:
+            ``[M, D]``, the hidden states of embedded prompts in front.
+        """
+        if packing.embeddings:
+            text_MD = self.model.get_input_embeddings()(ids_M)
+            prompts = [embeddings_PD.to(text_MD.dtype) for embeddings_PD in packing.embeddings]
+            tokens = {"inputs_embeds": torch.cat([*prompts, text_MD])[None]}
+        else:
+            tokens = {"input_ids": ids_M[None]}
+        # A mask of four dimensions is handed to the layers as it is; what they see is decided by the packing.
+        unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids_M.device)
+        steering = Steering(self.layer_of, packing=packing)
+        return self.hidden_states(
+            steering=steering, attention_mask=unused, position_ids=packing.position_M[None], **tokens
+        )[0]
+
+    @property
+    def head_is_trained(self) -> bool:
+        """Whether the weights of the head get a gradient (they do in fine-tuning, never with prompts)."""
+        return any(parameter.requires_grad for parameter in self.model.get_output_embeddings().parameters())
+
     def head(self, hidden_MD: Tensor) -> Tensor:
         """Logits ``[M, V]`` in float32 from hidden states at any positions."""
         logits: Tensor = self.model.get_output_embeddings()(hidden_MD).float()
         return logits
+
+    @torch.no_grad()
+    def _packs_exactly(self) -> bool:
+        """Try whether two packed rows behind a prompt give what the model gives on prompt and row as plain text.
+
+        A model that needs more than the attention interface to tell rows apart does not, and runs on padded batches.
+        """
+        same_size = all(site.key_size == site.value_size for site in self.geometry.sites)
+        if not same_size or self.device.type != "cpu":
+            return False
+        generator = torch.Generator().manual_seed(1)
+        high = min(self.geometry.vocab_size, len(self.tokenizer))
+        prompt, *rows = (torch.randint(high, (length,), generator=generator) for length in (3, 5, 2))
+        state = PromptStates(length=3, keys_values=self.activations(self.embed(prompt.tolist())))
+        mask_BT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+        try:
+            together_MD = self.packed_hidden_states(torch.cat(rows), pack(mask_BT, [state], torch.tensor([0, 0])))
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            return False  # its forward cannot take a packed row
+        texts = [torch.cat([prompt, row])[None] for row in rows]
+        alone = [
+            self.hidden_states(
+                input_ids=text,
+                attention_mask=torch.ones_like(text),
+                position_ids=torch.arange(text.shape[1])[None],
+                steering=Steering(),
+            )[0, 3:]
+            for text in texts
+        ]
+        expected_MD = torch.cat(alone).float()
+        allowed = 1e-4 if self.dtype == torch.float32 else 0.1
+        difference = (together_MD.float() - expected_MD).abs().max() / expected_MD.abs().max().clamp(min=1e-6)
+        return bool(difference < allowed)
 
     def _verify(self) -> None:
         """Refuse a model in which a prefix made of a text's activations does not stand for that text."""
