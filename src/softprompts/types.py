@@ -67,11 +67,17 @@ class Geometry:
     width: int
     """D, the size of one input embedding."""
     vocab_size: int
-    """V, rows of the input embedding table."""
+    """V, rows of the input embedding table; 0 where only the width is known (:attr:`is_partial`)."""
     max_positions: int | None
     """Longest sequence that the model was made for (prompt included), or ``None`` where nothing limits it."""
     sites: tuple[KeyValueSite, ...]
-    """Every layer that owns keys and values, in the order in which the model runs them."""
+    """Every layer that owns keys and values, in the order in which the model runs them; of an encoder-decoder all of
+    the encoder, then the decoder's self-attention, then its cross-attention."""
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether nothing but the width is known: that of embeddings from a file that names no model."""
+        return self.vocab_size == 0
 
     @property
     def prefix_width(self) -> int:
@@ -124,7 +130,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example as token ids. Labels are those of ``ids[target_start:]``."""
+    """One example as token ids. Labels are those of ``ids[target_start:]``, or ``decoder_ids`` where there are any."""
 
     ids: tuple[int, ...]
     target_start: int
@@ -132,6 +138,18 @@ class Encoded:
     example: Example
     prompt: int = 0
     """Index of the prompt that this row carries; -1 for none."""
+    decoder_ids: tuple[int, ...] | None = None
+    """For encoder-decoders: the target's tokens, end included; ``ids`` is the encoder's input then, and nothing else."""
+
+    @property
+    def target_ids(self) -> tuple[int, ...]:
+        """The tokens that are predicted and learned."""
+        return self.ids[self.target_start :] if self.decoder_ids is None else self.decoder_ids
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model reads, the target's included."""
+        return len(self.ids) + len(self.decoder_ids or ())
 
 
 @dataclass(frozen=True)
@@ -147,6 +165,10 @@ class Batch:
     labels_BT: Tensor | None
     prompt_of_row_B: Tensor
     """Index of each row's prompt, -1 for none."""
+    targets_BU: Tensor | None = None
+    """For encoder-decoders: the tokens that the decoder should predict at its positions ``0..U-1``, -100 behind each
+    row's end; ``ids_BT`` is the encoder's input then and ``labels_BT`` is ``None``. The owner of the forward pass makes
+    the decoder's input of it: the start token, then these tokens but the last."""
 
     @property
     def rows(self) -> int:
@@ -156,7 +178,13 @@ class Batch:
     def to(self, device: device) -> Batch:
         """Return the same batch on another device."""
         labels = None if self.labels_BT is None else self.labels_BT.to(device)
-        return Batch(self.ids_BT.to(device), self.mask_BT.to(device), labels, self.prompt_of_row_B.to(device))
+        targets = None if self.targets_BU is None else self.targets_BU.to(device)
+        return Batch(self.ids_BT.to(device), self.mask_BT.to(device), labels, self.prompt_of_row_B.to(device), targets)
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens that the model reads."""
+        return int(self.mask_BT.sum()) + (0 if self.targets_BU is None else int((self.targets_BU != -100).sum()))
 
 
 @dataclass(frozen=True)

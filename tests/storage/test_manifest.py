@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from softprompts.errors import ArtifactError
 from softprompts.storage import ModelIdentity, Origin, ParameterCount, PromptInfo
-from softprompts.storage.manifest import TensorFile, parse_manifest, render_manifest, tensor_shapes
+from softprompts.storage.manifest import TensorFile, parse_manifest, render_manifest
+from softprompts.storage.shapes import tensor_shapes
 from softprompts.types import Geometry, KeyValueSite, LayerKey, MetricValue
 
 NAMES = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S"]), max_size=20)

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from softprompts.config import PromptConfig
-from softprompts.errors import ArtifactError, PromptMismatchError, StorageError, UnsupportedModelError
+from softprompts.errors import ArtifactError, ConfigError, PromptMismatchError, StorageError, UnsupportedModelError
 from softprompts.models import FrozenLM
 from softprompts.prompted import PromptedLM
-from softprompts.prompts import SoftPrompt, build_prompt
-from softprompts.storage.peft import export_peft, import_peft
-from softprompts.types import Batch
+from softprompts.prompts import SoftPrompt, build_prompt, prompt_from_table
+from softprompts.storage.match import unknown_model
+from softprompts.storage.peft import export_peft, import_peft, peft_method
+from softprompts.types import Batch, PromptStates
 
 peft = pytest.importorskip("peft")
 
@@ -68,6 +69,65 @@ def test_what_we_export_gives_our_logits_in_peft(
     assert torch.equal(import_peft(directory, frozen).table_PW, prompt.table_PW)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_cartridge_of_ours_gives_our_logits_in_peft(family: str, tiny_frozen: Callable[..., FrozenLM], tmp_path):
+    frozen = tiny_frozen(family)
+    prompt = build_prompt(PromptConfig(kind="prefix", length=5), frozen, seed=1)
+    directory = export_peft(prompt, tmp_path / "out", model_name="base", method="cartridge")
+    assert peft_method(directory) == "CARTRIDGE"
+    wrapped = peft.PeftModel.from_pretrained(plain_copy(frozen), directory)
+    torch.testing.assert_close(peft_logits(wrapped, 5), our_logits(frozen, prompt), rtol=2e-4, atol=2e-4)
+    assert torch.equal(import_peft(directory, frozen).table_PW, prompt.table_PW)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_one_task_of_a_multitask_prompt_is_composed(family: str, tiny_frozen: Callable[..., FrozenLM], tmp_path: Path):
+    frozen = tiny_frozen(family)
+    config = peft.MultitaskPromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=5, num_tasks=3, num_ranks=2, num_layers=3, num_attention_heads=4,
+        token_dim=frozen.geometry.width,
+    )  # fmt: skip
+    wrapped = peft.get_peft_model(plain_copy(frozen), config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "prefix_task" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    wrapped.save_pretrained(tmp_path)
+    for task in range(3):
+        with torch.no_grad():
+            logits_TV = wrapped.eval()(
+                input_ids=IDS, attention_mask=torch.ones_like(IDS), task_ids=torch.tensor([task])
+            ).logits[0]
+        ours = our_logits(frozen, import_peft(tmp_path, frozen, task=task))
+        torch.testing.assert_close(ours, logits_TV[5:-1], rtol=2e-4, atol=2e-4)
+    for missing in (None, 3):
+        with pytest.raises(ConfigError, match=r"3 tasks \(0 to 2\)"):
+            import_peft(tmp_path, frozen, task=missing)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"prefix_task_rows": torch.zeros(3, 1, 32)}, path)
+    with pytest.raises(ArtifactError, match="do not make a prompt"):
+        import_peft(tmp_path, frozen, task=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_context_aware_prompt_is_base_and_delta(family: str, tiny_frozen: Callable[..., FrozenLM], tmp_path: Path):
+    frozen = tiny_frozen(family)
+    config = peft.CPTConfig(
+        task_type="CAUSAL_LM", cpt_token_ids=[1, 2, 3, 4, 5], cpt_mask=[1] * 5, cpt_tokens_type_mask=[1, 2, 2, 3, 4],
+        num_layers=3, num_attention_heads=4, token_dim=frozen.geometry.width,
+    )  # fmt: skip
+    wrapped = peft.get_peft_model(plain_copy(frozen), config)
+    with torch.no_grad():
+        encoder = wrapped.prompt_encoder["default"]
+        encoder.delta_embedding.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    expected = peft_logits(wrapped, 5)
+    wrapped.save_pretrained(tmp_path)
+    prompt = import_peft(tmp_path, frozen)
+    assert not torch.equal(prompt.table_PW, frozen.embed([1, 2, 3, 4, 5]))
+    torch.testing.assert_close(our_logits(frozen, prompt), expected, rtol=2e-4, atol=2e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["prompt", "prefix", "prefix with projection", "cartridge", "p-tuning"])
 def test_what_peft_saved_gives_its_logits_here(
@@ -112,7 +172,10 @@ def edit(directory: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"peft_type": "LORA"}, ArtifactError, "type 'LORA'"),
+        ({"peft_type": "LORA"}, ArtifactError, "type 'LORA', which cannot be imported: it changes the model's weights"),
+        ({"peft_type": "ADAPTION_PROMPT"}, ArtifactError, "through a gate inside the attention"),
+        ({"peft_type": "TRAINABLE_TOKENS"}, ArtifactError, "rows of the embedding table"),
+        ({"peft_type": "MULTITASK_PROMPT_TUNING"}, ArtifactError, "expected prefix_task_cols and prefix_task_rows"),
         ({"task_type": "SEQ_2_SEQ_LM"}, ArtifactError, "encoder-decoder"),
         ({"num_transformer_submodules": 2}, ArtifactError, "encoder-decoder"),
         ({"num_layers": 4}, PromptMismatchError, "layers, KV heads"),
@@ -167,3 +230,33 @@ def test_layers_that_differ_have_no_form_in_peft(make_prompt, tmp_path: Path, mo
         export_peft(make_prompt("prefix"), tmp_path / "out", model_name="base")
     directory = export_peft(make_prompt("embedding"), tmp_path / "out", model_name="base")
     assert torch.equal(import_peft(directory, replace(model)).table_PW, make_prompt("embedding").table_PW)
+
+
+class UpperLayersOnly(torch.nn.Module):
+    """A prefix that leaves the first layer out."""
+
+    def __init__(self, prefix: SoftPrompt) -> None:
+        super().__init__()
+        self.prefix, self.kind, self.geometry, self.length = prefix, prefix.kind, prefix.geometry, prefix.length
+
+    def forward(self) -> PromptStates:
+        states = self.prefix().keys_values
+        return PromptStates(self.length, keys_values={key: states[key] for key in list(states)[1:]})
+
+
+def test_what_peft_cannot_represent_is_refused(tiny_frozen, tmp_path: Path):
+    prefix = build_prompt(PromptConfig(kind="prefix", length=3), tiny_frozen("llama"), seed=1)
+    with pytest.raises(UnsupportedModelError, match="reaches 2 of 3 layers"):
+        export_peft(UpperLayersOnly(prefix), tmp_path / "out", model_name="base")
+    unknown = prompt_from_table("embedding", unknown_model(32).geometry, torch.zeros(3, 32))
+    with pytest.raises(UnsupportedModelError, match="not on record"):
+        export_peft(unknown, tmp_path / "out", model_name="base")
+    embedding = build_prompt(PromptConfig(kind="embedding", length=3), tiny_frozen("llama"), seed=1)
+    with pytest.raises(UnsupportedModelError, match="as 'cartridge'"):
+        export_peft(embedding, tmp_path / "out", model_name="base", method="cartridge")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_task_is_for_multitask_prompts_only(exported: Path, tiny_frozen):
+    with pytest.raises(ConfigError, match="no multitask prompt"):
+        import_peft(exported, tiny_frozen("llama"), task=0)

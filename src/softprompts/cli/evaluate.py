@@ -105,6 +105,8 @@ def _recipe_of(prompt: Path | None, model: str | None, task: str | None, overrid
     if task is not None and task != recipe.task.name:
         recipe = replace(recipe, task=TaskConfig(name=task), evaluation=TrainRecipe().evaluation)
     name = model or recipe.model.name_or_path
+    if not name:
+        raise ConfigError(f"it is not on record which model the prompt in '{prompt}' is for: name it with --model")
     recipe = replace(recipe, model=replace(recipe.model, name_or_path=name, gradient_checkpointing=False))
     return _with_decoding(recipe, overrides)
 

@@ -66,7 +66,11 @@ def _describe(loaded: LoadedPrompt, directory: Path) -> dict[str, Any]:
         "parameters": dataclasses.asdict(info.parameters),
         "share_of_model": None,
         "size_bytes": directory_bytes(directory),
-        "model": dataclasses.asdict(info.model) | {"family": info.geometry.family},
+        "model": {name: value or None for name, value in dataclasses.asdict(info.model).items()}
+        | {"family": None if info.geometry.is_partial else info.geometry.family},
+        "width": info.geometry.width,
+        "unknown": info.unknown,
+        "source": origin.source,
         "matches_model": None,
         "mismatch": None,
         "task": origin.task,
@@ -111,18 +115,22 @@ def _print_facts(console: Console, report: dict[str, Any]) -> None:
         "size on disk": f"{report['size_bytes'] / 1000:.1f} kB, {report['dtype']}",
         "model": f"{model['name'] or 'unnamed'} ({model['family']}), fingerprint {model['fingerprint']}",
         "tokenizer": f"fingerprint {model['tokenizer_fingerprint']}",
+        "imported from": report["source"],
         "task": report["task"] or "not stated",
         "seed": "not stated" if report["seed"] is None else str(report["seed"]),
         "created": report["created"],
         "made with": ", ".join(f"{name} {version}" for name, version in sorted(report["versions"].items())),
     }
+    if report["unknown"]:
+        rows |= {"model": f"not on record; only the width {report['width']} is known", "tokenizer": "not on record"}
     if report["matches_model"] is not None:
         rows["fits --model"] = "yes" if report["matches_model"] else f"no: {report['mismatch']}"
     table = Table(title=Text(report["directory"]), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, Text(value))  # Text: a name with [brackets] is no markup
+        if value is not None:
+            table.add_row(name, Text(value))  # Text: a name with [brackets] is no markup
     console.print(table)
 
 

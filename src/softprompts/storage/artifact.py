@@ -39,9 +39,9 @@ from softprompts.storage.manifest import (
     TensorFile,
     parse_manifest,
     render_manifest,
-    tensor_shapes,
 )
 from softprompts.storage.match import IdentifiedModel, matched_geometry
+from softprompts.storage.shapes import tensor_shapes
 from softprompts.types import Geometry, MetricValue
 
 __all__ = [
@@ -80,6 +80,7 @@ def save_prompt(
     recipe: Any = None,
     metrics: Mapping[str, MetricValue | float] | None = None,
     seed: int | None = None,
+    source: str | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     overwrite: bool = False,
 ) -> Path:
@@ -93,6 +94,7 @@ def save_prompt(
         recipe: The resolved recipe, a config dataclass or plain data.
         metrics: Scores by name, plain numbers where there is no standard error.
         seed: Of the training; taken from ``recipe`` where it is not given.
+        source: The file that the prompt was imported from.
         dtype: What the tensors are stored as; a prompt is trained, and comes back, in float32.
         overwrite: Replace an older prompt.
 
@@ -130,6 +132,7 @@ def save_prompt(
             recipe=plain_recipe,
             metrics={name: _as_metric(name, value) for name, value in (metrics or {}).items()},
             seed=_seed_of(plain_recipe) if seed is None else seed,
+            source=source,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=_versions(),
         ),

@@ -29,6 +29,13 @@ inherits the model's biases and the terms of its licence. Its own licence is not
 lines of this file.
 """
 
+_UNKNOWN_LIMITS = """## Limits
+
+The file that this prompt was imported from does not name its model, so only the width is known and checked: with
+another model of the same width it loads and means nothing. Its own licence is not stated yet: set `license` in the
+first lines of this file.
+"""
+
 
 def render_card(info: PromptInfo) -> str:
     """Write the card.
@@ -50,7 +57,7 @@ def render_card(info: PromptInfo) -> str:
         _facts(info),
         _metrics(info.origin.metrics),
         _usage(info),
-        _LIMITS,
+        _UNKNOWN_LIMITS if info.geometry.is_partial else _LIMITS,
     ]
     return "\n".join(section for section in sections if section)
 
@@ -79,12 +86,14 @@ def _facts(info: PromptInfo) -> str:
         "model": _code(info.model.name),
         "model fingerprint": _code(info.model.fingerprint),
         "tokenizer fingerprint": _code(info.model.tokenizer_fingerprint),
-        "family": _code(info.geometry.family),
+        "family": _code("" if info.geometry.is_partial else info.geometry.family),
+        **({"width": str(info.geometry.width)} if info.geometry.is_partial else {}),
         "kind": info.kind,
         "length": str(info.length),
         "parameters": f"{parameters.stored:,} stored as {info.dtype}, {parameters.trained:,} trained",
         "task": _text(origin.task or "not stated"),
         "seed": "not stated" if origin.seed is None else str(origin.seed),
+        **({} if origin.source is None else {"imported from": _code(origin.source)}),
         "created": _text(origin.created),
         "made with": _text(", ".join(f"{name} {version}" for name, version in sorted(origin.versions.items()))),
     }

@@ -16,7 +16,8 @@ from typing import Any, Literal, NoReturn
 
 from softprompts.config import decode, to_dict
 from softprompts.errors import ArtifactError, ConfigError
-from softprompts.types import Geometry, KeyValueSite, LayerKey, MetricValue
+from softprompts.storage.shapes import GeometryJson, geometry_from_json, geometry_to_json
+from softprompts.types import Geometry, MetricValue
 
 __all__ = [
     "FORMAT",
@@ -30,7 +31,6 @@ __all__ = [
     "TensorFile",
     "parse_manifest",
     "render_manifest",
-    "tensor_shapes",
 ]
 
 FORMAT = "softprompts.prompt"
@@ -58,7 +58,7 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """The frozen LM that the prompt was made for."""
+    """The frozen LM that the prompt was made for; an empty text is what is not known."""
 
     name: str
     fingerprint: str
@@ -74,6 +74,8 @@ class Origin:
     """The resolved recipe as plain mappings, lists and scalars."""
     metrics: Mapping[str, MetricValue] = field(default_factory=dict)
     seed: int | None = None
+    source: str | None = None
+    """The file that the prompt was imported from; ``None`` for one that was trained here."""
     created: str = ""
     """UTC, ISO 8601."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -104,24 +106,18 @@ class PromptInfo:
     tensors: TensorFile
 
     @property
+    def unknown(self) -> tuple[str, ...]:
+        """Keys of ``prompt.json`` that are ``null`` because the model is not known; empty as a rule."""
+        if not self.geometry.is_partial:
+            return ()
+        geometry = ("family", "vocab_size", "max_positions", "sites")
+        model = tuple(name for name, value in to_dict(self.model).items() if not value)
+        return (*(f"geometry.{name}" for name in geometry), *(f"model.{name}" for name in model))
+
+    @property
     def width(self) -> int:
         """W, numbers per position."""
         return self.geometry.width if self.kind == "embedding" else self.geometry.prefix_width
-
-
-def tensor_shapes(kind: str, length: int, geometry: Geometry) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a prompt, in the order in which they make up one position of its flat table.
-
-    ``{"embeddings": (P, D)}`` or, per layer, ``{"self.0.keys": (N, P, H), "self.0.values": (N, P, H)}``.
-    """
-    if kind == "embedding":
-        return {"embeddings": (length, geometry.width)}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for site in geometry.sites:
-        name = f"{site.key.site}.{site.key.layer}"
-        shapes[f"{name}.keys"] = (site.kv_heads, length, site.key_size)
-        shapes[f"{name}.values"] = (site.kv_heads, length, site.value_size)
-    return shapes
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -140,7 +136,8 @@ def render_manifest(info: PromptInfo) -> bytes:
         "format_version": FORMAT_VERSION,
         "digest": _NO_DIGEST,
         **to_dict(info),
-        "geometry": _geometry_to_json(info.geometry),
+        "geometry": geometry_to_json(info.geometry),
+        "model": {name: value or None for name, value in to_dict(info.model).items()},
     }
     mapping["origin"]["metrics"] = {
         name: {"value": _finite_or_none(metric.value), "stderr": _finite_or_none(metric.stderr)}
@@ -165,27 +162,6 @@ def _finite_or_none(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _geometry_to_json(geometry: Geometry) -> dict[str, Any]:
-    sites = [
-        {
-            "site": site.key.site,
-            "layer": site.key.layer,
-            "kv_heads": site.kv_heads,
-            "key_size": site.key_size,
-            "value_size": site.value_size,
-            "window": site.window,
-        }
-        for site in geometry.sites
-    ]
-    return {
-        "family": geometry.family,
-        "width": geometry.width,
-        "vocab_size": geometry.vocab_size,
-        "max_positions": geometry.max_positions,
-        "sites": sites,
-    }
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # bytes -> PromptInfo
 # --------------------------------------------------------------------------------------------------------------------
@@ -205,25 +181,15 @@ class _OriginJson:
     seed: int | None
     created: str
     versions: dict[str, str]
+    source: str | None = None
+    """Files of version 0.1 lack it."""
 
 
 @dataclass(frozen=True)
-class _SiteJson:
-    site: str
-    layer: int
-    kv_heads: int
-    key_size: int
-    value_size: int
-    window: int | None
-
-
-@dataclass(frozen=True)
-class _GeometryJson:
-    family: str
-    width: int
-    vocab_size: int
-    max_positions: int | None
-    sites: tuple[_SiteJson, ...]
+class _ModelJson:
+    name: str | None
+    fingerprint: str | None
+    tokenizer_fingerprint: str | None
 
 
 @dataclass(frozen=True)
@@ -232,8 +198,8 @@ class _PromptJson:
     length: int
     dtype: Literal["float32", "float16", "bfloat16"]
     parameters: ParameterCount
-    geometry: _GeometryJson
-    model: ModelIdentity
+    geometry: GeometryJson
+    model: _ModelJson
     origin: _OriginJson
     tensors: TensorFile
 
@@ -306,11 +272,6 @@ def _finite_float(text: str) -> float:
 
 
 def _to_info(raw: _PromptJson) -> PromptInfo:
-    sites = tuple(
-        KeyValueSite(LayerKey(site.site, site.layer), site.kv_heads, site.key_size, site.value_size, site.window)
-        for site in raw.geometry.sites
-    )
-    geometry = raw.geometry
     metrics = {
         name: MetricValue(math.nan if metric.value is None else metric.value, metric.stderr, name)
         for name, metric in raw.origin.metrics.items()
@@ -321,16 +282,20 @@ def _to_info(raw: _PromptJson) -> PromptInfo:
         length=raw.length,
         dtype=raw.dtype,
         parameters=raw.parameters,
-        geometry=Geometry(geometry.family, geometry.width, geometry.vocab_size, geometry.max_positions, sites),
-        model=raw.model,
-        origin=Origin(origin.task, origin.recipe, metrics, origin.seed, origin.created, origin.versions),
+        geometry=geometry_from_json(raw.geometry),
+        model=ModelIdentity(raw.model.name or "", raw.model.fingerprint or "", raw.model.tokenizer_fingerprint or ""),
+        origin=Origin(origin.task, origin.recipe, metrics, origin.seed, origin.source, origin.created, origin.versions),
         tensors=raw.tensors,
     )
 
 
 def _check(info: PromptInfo) -> None:
     geometry = info.geometry
-    numbers = {"length": info.length, "geometry.width": geometry.width, "geometry.vocab_size": geometry.vocab_size}
+    numbers = {"length": info.length, "geometry.width": geometry.width}
+    if not geometry.is_partial:
+        numbers["geometry.vocab_size"] = geometry.vocab_size
+    elif info.kind != "embedding":
+        raise ArtifactError("prompt.json describes a prefix for a model of which only the width is known")
     if geometry.max_positions is not None:
         numbers["geometry.max_positions"] = geometry.max_positions
     if len(geometry.sites) > _MAX_SITES:
@@ -373,6 +338,7 @@ def _check_texts(info: PromptInfo) -> None:
         "model.fingerprint": info.model.fingerprint,
         "model.tokenizer_fingerprint": info.model.tokenizer_fingerprint,
         "origin.task": origin.task or "",
+        "origin.source": origin.source or "",
         "origin.created": origin.created,
         **{f"origin.metrics {name!r}": name for name in origin.metrics},
         **{f"origin.versions {name!r}": f"{name} {version}" for name, version in origin.versions.items()},

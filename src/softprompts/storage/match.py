@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from softprompts.errors import PromptMismatchError
 from softprompts.storage.manifest import PromptInfo
+from softprompts.storage.shapes import partial_geometry
 from softprompts.types import Geometry
 
-__all__ = ["IdentifiedModel", "matched_geometry"]
+__all__ = ["IdentifiedModel", "RecordedModel", "matched_geometry", "unknown_model"]
 
 
 class IdentifiedModel(Protocol):
@@ -36,6 +38,21 @@ class IdentifiedModel(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class RecordedModel:
+    """A model that is not at hand: what is on record of it."""
+
+    name: str
+    fingerprint: str
+    tokenizer_fingerprint: str
+    geometry: Geometry
+
+
+def unknown_model(width: int) -> RecordedModel:
+    """The model of embeddings from a file that names none: nothing but its width is on record."""
+    return RecordedModel("", "", "", partial_geometry(width))
+
+
 def matched_geometry(info: PromptInfo, frozen: IdentifiedModel, *, path: Path, allow_other_model: bool) -> Geometry:
     """Check that a prompt was made for a model.
 
@@ -43,7 +60,8 @@ def matched_geometry(info: PromptInfo, frozen: IdentifiedModel, *, path: Path, a
         info: What is known of the prompt.
         frozen: The model that shall carry it.
         path: Where the prompt lies, for the message.
-        allow_other_model: Accept another model, as long as the shapes fit this kind of prompt.
+        allow_other_model: Accept another model, as long as the shapes fit this kind of prompt. A prompt whose model is
+            not on record is held to the width alone, with or without this.
 
     Returns:
         The geometry of ``frozen``: on another model of fitting shapes the prompt takes, for example, its windows.
@@ -55,7 +73,7 @@ def matched_geometry(info: PromptInfo, frozen: IdentifiedModel, *, path: Path, a
     if unfit or (other and not allow_other_model):
         remedy = "" if unfit else "; pass allow_other_model=True to use it all the same"
         raise PromptMismatchError(
-            f"the prompt in '{path}' was made for '{info.model.name}', not for '{frozen.name}': "
+            f"the prompt in '{path}' was made for {_describe_model(info)}, not for '{frozen.name}': "
             f"{'; '.join([*unfit, *other])}; load the model it was made for, or train one for this model{remedy}"
         )
     return frozen.geometry
@@ -64,6 +82,8 @@ def matched_geometry(info: PromptInfo, frozen: IdentifiedModel, *, path: Path, a
 def _differences(info: PromptInfo, frozen: IdentifiedModel) -> tuple[list[str], list[str]]:
     """What makes the prompt unfit for the model, and what merely makes it another model."""
     saved, offered = info.geometry, frozen.geometry
+    if saved.is_partial:
+        return ([f"width {saved.width}, this model {offered.width}"] if saved.width != offered.width else []), []
     unfit: list[str] = []
     other: list[str] = []
     if saved.family != offered.family:
@@ -92,6 +112,10 @@ def _differences(info: PromptInfo, frozen: IdentifiedModel) -> tuple[list[str], 
     if info.model.tokenizer_fingerprint != frozen.tokenizer_fingerprint:
         other.append("another tokenizer")
     return unfit, other
+
+
+def _describe_model(info: PromptInfo) -> str:
+    return "a model that is not on record" if info.geometry.is_partial else f"'{info.model.name}'"
 
 
 def _describe_layers(geometry: Geometry) -> str:

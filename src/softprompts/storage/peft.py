@@ -3,6 +3,9 @@
 PEFT stores one tensor ``prompt_embeddings``: ``[P, D]`` for prompt tuning, ``[P, 2 L N H]`` for prefix-tuning, where
 the columns are, layer by layer, the keys of all heads and then the values of all heads. That is our own flat table, as
 long as all layers have the same heads (PEFT knows no others). Keys are stored after the rotary embedding there as here.
+Encoders (P-tuning, a prefix's projection) are dropped when PEFT saves; CPT saves base and delta added up. Multitask
+prompt tuning adds two factors per task, whose product scales the shared prompt.
+
 Read and compared with peft 0.21 (``peft/utils/save_and_load.py``, ``PeftModel.get_prompt``). Decoder-only models.
 """
 
@@ -10,7 +13,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -18,20 +21,32 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from softprompts.errors import ArtifactError, PromptMismatchError, UnsupportedModelError, nearest
+from softprompts.errors import ArtifactError, ConfigError, PromptMismatchError, UnsupportedModelError, nearest
 from softprompts.prompts import SoftPrompt, prompt_from_table
 from softprompts.storage.directory import list_names, read_file, read_stable, write_directory
 from softprompts.storage.manifest import MAX_MANIFEST_BYTES, MAX_TENSOR_BYTES
 from softprompts.storage.match import IdentifiedModel
 from softprompts.types import Geometry
 
-__all__ = ["PEFT_MANIFEST_FILE", "PEFT_TENSOR_FILE", "export_peft", "import_peft", "is_peft"]
+__all__ = ["PEFT_MANIFEST_FILE", "PEFT_TENSOR_FILE", "export_peft", "import_peft", "is_peft", "peft_method"]
 
 PEFT_MANIFEST_FILE = "adapter_config.json"
 PEFT_TENSOR_FILE = "adapter_model.safetensors"
 
-_KINDS = {"PROMPT_TUNING": "embedding", "P_TUNING": "embedding", "PREFIX_TUNING": "prefix", "CARTRIDGE": "prefix"}
-"""What PEFT's methods are once their encoders are dropped, which PEFT does when it saves."""
+_KINDS = {
+    "CARTRIDGE": "prefix",
+    "CPT": "embedding",
+    "MULTITASK_PROMPT_TUNING": "embedding",
+    "PREFIX_TUNING": "prefix",
+    "PROMPT_TUNING": "embedding",
+    "P_TUNING": "embedding",
+}
+"""What PEFT's methods are as it saves them: for one task, without their encoders."""
+_OTHER_METHODS = {
+    "ADAPTION_PROMPT": "its prompts enter through a gate inside the attention, behind a softmax of their own",
+    "TRAINABLE_TOKENS": "it changes rows of the embedding table, and with them the model",
+}
+_WEIGHTS_CHANGED = "it changes the model's weights and is no prompt"
 
 
 def is_peft(directory: str | Path) -> bool:
@@ -39,25 +54,38 @@ def is_peft(directory: str | Path) -> bool:
     return (Path(directory) / PEFT_MANIFEST_FILE).is_file()
 
 
-def export_peft(prompt: SoftPrompt, directory: str | Path, *, model_name: str, overwrite: bool = False) -> Path:
+def export_peft(
+    prompt: SoftPrompt,
+    directory: str | Path,
+    *,
+    model_name: str,
+    method: Literal["plain", "cartridge"] = "plain",
+    overwrite: bool = False,
+) -> Path:
     """Write a prompt as PEFT would: ``PeftModel.from_pretrained(model, directory)`` then gives our logits.
 
-    Rows that are padded differ: PEFT puts the padding between prompt and text and counts it (peft#1093).
+    Two things differ in PEFT. Rows that are padded: it puts the padding between prompt and text and counts it
+    (peft#1093). Sliding windows: there a prefix scrolls out of them like text, here it stays visible.
 
     Args:
         prompt: Any prompt for a decoder-only model.
         directory: A new or empty one, or, with ``overwrite``, an earlier export.
         model_name: What PEFT calls the base model.
+        method: ``plain`` is prompt tuning or prefix-tuning; ``cartridge`` writes a prefix for PEFT's method of that
+            name. P-tuning, CPT and multitask prompts are not written: PEFT takes what it loads there for the input of
+            an encoder that is not in the file, and moves the prompt when it is trained on.
         overwrite: Replace an earlier export.
 
     Returns:
         The resolved directory.
 
     Raises:
-        UnsupportedModelError: PEFT cannot represent the prompt: layers differ in heads, or there is an encoder.
+        UnsupportedModelError: PEFT cannot represent the prompt: layers differ in heads, some layers have no prefix,
+            there is an encoder, or the model is not on record.
         StorageError: The directory must not be replaced, or the disk refused.
     """
     geometry = prompt.geometry
+    _check_representable(prompt, method)
     heads, size = _uniform_heads(geometry, needed=prompt.kind == "prefix")
     config: dict[str, Any] = {
         "base_model_name_or_path": model_name,
@@ -68,7 +96,9 @@ def export_peft(prompt: SoftPrompt, directory: str | Path, *, model_name: str, o
         "num_virtual_tokens": prompt.length,
         "task_type": "CAUSAL_LM",
     }
-    if prompt.kind == "prefix":
+    if method == "cartridge":
+        config |= {"peft_type": "CARTRIDGE", "token_dim": heads * size, "num_frozen_tokens": 0}
+    elif prompt.kind == "prefix":
         config |= {"peft_type": "PREFIX_TUNING", "token_dim": heads * size, "prefix_projection": False}
     else:
         config |= {"peft_type": "PROMPT_TUNING", "token_dim": geometry.width, "prompt_tuning_init": "RANDOM"}
@@ -82,30 +112,41 @@ def export_peft(prompt: SoftPrompt, directory: str | Path, *, model_name: str, o
     )
 
 
-def import_peft(directory: str | Path, frozen: IdentifiedModel) -> SoftPrompt:
+def import_peft(directory: str | Path, frozen: IdentifiedModel, *, task: int | None = None) -> SoftPrompt:
     """Read a prompt that PEFT saved.
 
     Args:
         directory: Holds ``adapter_config.json`` and ``adapter_model.safetensors``.
         frozen: The model that it was made for. PEFT keeps no fingerprint, so only the shapes can be checked.
+        task: For multitask prompt tuning: the number of the task, from 0, whose prompt is composed.
 
     Raises:
         ArtifactError: A file is missing or damaged, is a pickle, or holds a method that is no plain prompt.
+        ConfigError: ``task`` is missing or there is no such task, or it is given and there are no tasks.
         PromptMismatchError: The shapes are not those of the model.
     """
-    return read_stable(directory, lambda place: _import(place, frozen))
+    return read_stable(directory, lambda place: _import(place, frozen, task))
 
 
-def _import(directory: Path, frozen: IdentifiedModel) -> SoftPrompt:
+def peft_method(directory: str | Path) -> str:
+    """PEFT's name for the method of an adapter, such as ``PREFIX_TUNING``; raises as :func:`import_peft` does."""
+    return read_stable(directory, lambda place: str(_read_config(place).get("peft_type")))
+
+
+def _import(directory: Path, frozen: IdentifiedModel, task: int | None) -> SoftPrompt:
     config = _read_config(directory)
     method = str(config.get("peft_type"))
     if method not in _KINDS:
-        raise ArtifactError(f"'{directory}' is a PEFT adapter of type '{method}': {nearest(method, _KINDS)}")
+        reason = _OTHER_METHODS.get(method, _WEIGHTS_CHANGED)
+        raise ArtifactError(
+            f"'{directory}' is a PEFT adapter of type '{method}', which cannot be imported: {reason}; "
+            f"{nearest(method, _KINDS)}"
+        )
     submodules = config.get("num_transformer_submodules")
     if config.get("task_type") == "SEQ_2_SEQ_LM" or submodules not in (None, 1):
         raise ArtifactError(f"'{directory}' was made for an encoder-decoder; only decoder-only models can be imported")
     kind, geometry = _KINDS[method], frozen.geometry
-    table_PW = _read_table(directory)
+    table_PW = _read_table(directory, method, task)
     if kind == "prefix":
         heads, size = _uniform_heads(geometry, needed=True)
         got = tuple(config.get(name) for name in ("num_layers", "num_attention_heads", "token_dim"))
@@ -145,19 +186,67 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_table(directory: Path) -> Tensor:
+def _read_table(directory: Path, method: str, task: int | None) -> Tensor:
     path = directory / PEFT_TENSOR_FILE
     try:
         tensors = load_tensors(read_file(path, MAX_TENSOR_BYTES))
     except SafetensorError as error:
         raise ArtifactError(f"'{path}' is no safetensors file: {error}") from error
-    if set(tensors) != {"prompt_embeddings"}:
+    multitask = method == "MULTITASK_PROMPT_TUNING"
+    expected = {"prompt_embeddings", *(("prefix_task_cols", "prefix_task_rows") if multitask else ())}
+    if set(tensors) != expected:
         found = ", ".join(sorted(tensors)[:4]) or "nothing"
-        raise ArtifactError(f"'{path}' holds {found}, expected 'prompt_embeddings' alone: it is more than a prompt")
-    table_PW = tensors["prompt_embeddings"]
-    if not table_PW.is_floating_point() or not bool(torch.isfinite(table_PW).all()):
-        raise ArtifactError(f"'prompt_embeddings' of '{path}' has values that are not finite numbers")
-    return table_PW.float()
+        raise ArtifactError(
+            f"'{path}' holds {found}, expected {' and '.join(sorted(expected))} alone: it is more than a prompt"
+        )
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise ArtifactError(f"'{name}' of '{path}' has values that are not finite numbers")
+    table_PW = tensors["prompt_embeddings"].float()
+    if multitask:
+        return _composed(path, table_PW, tensors["prefix_task_cols"], tensors["prefix_task_rows"], task)
+    if task is not None:
+        raise ConfigError(f"'{directory}' holds one prompt, no multitask prompt; leave the number of the task out")
+    return table_PW
+
+
+def _composed(path: Path, table_PD: Tensor, columns_TPR: Tensor, rows_TRD: Tensor, task: int | None) -> Tensor:
+    """One task's prompt: the shared one, scaled by a low-rank matrix (Wang et al. 2023)."""
+    tasks = columns_TPR.shape[0]
+    shapes = [list(tensor.shape) for tensor in (columns_TPR, rows_TRD)]
+    fits = columns_TPR.ndim == rows_TRD.ndim == 3 and columns_TPR.shape[2] == rows_TRD.shape[1]
+    if not fits or rows_TRD.shape[0] != tasks or [columns_TPR.shape[1], rows_TRD.shape[2]] != list(table_PD.shape):
+        raise ArtifactError(
+            f"the factors in '{path}' have the shapes {shapes[0]} and {shapes[1]}, which do not make a prompt of "
+            f"{list(table_PD.shape)} per task"
+        )
+    if task is None or not 0 <= task < tasks:
+        asked = "none was named" if task is None else f"{task} was asked for"
+        raise ConfigError(f"'{path.parent}' holds prompts of {tasks} tasks (0 to {tasks - 1}) and {asked}; give --task")
+    return table_PD * (columns_TPR[task].float() @ rows_TRD[task].float())
+
+
+def _check_representable(prompt: SoftPrompt, method: str) -> None:
+    """Refuse what has no form in PEFT."""
+    geometry = prompt.geometry
+    if prompt.kind not in ("prefix", "embedding") or (method == "cartridge" and prompt.kind != "prefix"):
+        raise UnsupportedModelError(
+            f"PEFT has no form for a prompt of kind '{prompt.kind}' as '{method}'; it knows embeddings in front of the "
+            "input, and prefixes (also as cartridges)"
+        )
+    if geometry.is_partial:
+        raise UnsupportedModelError(
+            "PEFT has to know the kind of model and its layers, and this prompt's model is not on record; bind the "
+            "prompt to its model first"
+        )
+    if prompt.kind == "prefix":
+        with torch.no_grad():
+            reached = len(prompt().keys_values)
+        if reached != len(geometry.sites):
+            raise UnsupportedModelError(
+                f"this prefix reaches {reached} of {len(geometry.sites)} layers; PEFT puts one into every layer, and "
+                "keys of zeros would still take attention; keep this prompt in the format of softprompts"
+            )
 
 
 def _uniform_heads(geometry: Geometry, *, needed: bool) -> tuple[int, int]:
