@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from softprompts.models.packing import Block, Packing, PromptSpan
+from softprompts.models.packing import Block, Packing, PromptSpan, Slots
 
 __all__ = ["merge", "packed_attention"]
 
@@ -96,14 +96,15 @@ class _PackedAttention(torch.autograd.Function):
         *prefixes: Tensor,
     ) -> Tensor:
         """Return ``[M, A, H]``."""
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-        for block in packing.blocks:
-            q, k, v = (_padded(tensor, block) for tensor in (query, key, value))
-            k, v = _all_heads(k, shape), _all_heads(v, shape)
-            part, part_lse = _flash(q, k, v, shape.scale, *_visibility(block, shape, q))
-            out.index_copy_(0, block.real_tokens, _unpadded(part, block))
-            lse.index_copy_(0, block.real_tokens, _unpadded(part_lse[..., None], block)[..., 0])
+        slots = packing.slots
+        q, k, v = (tensor.index_select(0, slots.tokens_S) for tensor in (query, key, value))
+        k, v = _all_heads(k, shape), _all_heads(v, shape)
+        parts = [
+            _flash(*(_rows(tensor, block) for tensor in (q, k, v)), shape.scale, *_visibility(block, shape, q))
+            for block in slots.blocks
+        ]
+        out = _gathered([part for part, _ in parts], slots)
+        lse = _gathered([part_lse[..., None] for _, part_lse in parts], slots)[..., 0]
         for span, keys, values in _prompts(packing, held, key, value, prefixes):
             rows = slice(span.start, span.end)
             q = query[rows].transpose(0, 1)[None]
@@ -120,19 +121,10 @@ class _PackedAttention(torch.autograd.Function):
         query, key, value, out, lse, *prefixes = ctx.saved_tensors
         grad_out = gradients[0].contiguous()
         packing, shape = ctx.packing, ctx.shape
-        text_needs = any(ctx.needs_input_grad[3:6])
-        grad_q = torch.empty_like(out)
-        grad_k, grad_v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (key, value))
-        for block in packing.blocks if text_needs else ():
-            q, k, v = (_padded(tensor, block) for tensor in (query, key, value))
-            k, v = _all_heads(k, shape), _all_heads(v, shape)
-            # Pads carry a gradient of zero, whatever else stands there.
-            padded_grad = _padded(grad_out, block, clear=True)
-            o, log_sum = _padded(out, block), _padded(lse[..., None], block)[..., 0]
-            parts = _flash_backward(padded_grad, q, k, v, o, log_sum, shape.scale, *_visibility(block, shape, q))
-            grad_q.index_copy_(0, block.real_tokens, _unpadded(parts[0], block))
-            grad_k.index_copy_(0, block.real_tokens, _unpadded(_kv_heads(parts[1], shape), block))
-            grad_v.index_copy_(0, block.real_tokens, _unpadded(_kv_heads(parts[2], shape), block))
+        # In the first layer behind a prefix the text itself has nothing to pass on; its gradients stay empty.
+        text: list[Tensor] = []
+        if any(ctx.needs_input_grad[3:6]):
+            text = _text_gradients(packing.slots, shape, query, key, value, out, lse, grad_out)
         grads: list[Tensor] = []
         for span, keys, values in _prompts(packing, ctx.held, key, value, prefixes):
             rows = slice(span.start, span.end)
@@ -141,13 +133,14 @@ class _PackedAttention(torch.autograd.Function):
             k, v = _all_heads(keys[None], shape), _all_heads(values[None], shape)
             part_q, part_k, part_v = _flash_backward(g, q, k, v, o, log_sum, shape.scale, False, None)
             part_k, part_v = _kv_heads(part_k, shape)[0], _kv_heads(part_v, shape)[0]
-            grad_q[rows] += part_q[0].transpose(0, 1)
-            if span.embedded is not None:
-                grad_k[slice(*span.embedded)] += part_k.transpose(0, 1)
-                grad_v[slice(*span.embedded)] += part_v.transpose(0, 1)
-            else:
+            if text:
+                text[0][rows] += part_q[0].transpose(0, 1)
+            if span.embedded is None:
                 grads += [part_k, part_v]
-        return None, None, None, grad_q, grad_k, grad_v, *grads
+            elif text:
+                text[1][slice(*span.embedded)] += part_k.transpose(0, 1)
+                text[2][slice(*span.embedded)] += part_v.transpose(0, 1)
+        return None, None, None, *(text or (None, None, None)), *grads
 
 
 def _prompts(
@@ -163,28 +156,52 @@ def _prompts(
             yield span, next(given), next(given)
 
 
-def _padded(tensor_MAH: Tensor, block: Block, *, clear: bool = False) -> Tensor:
-    """Bring the rows of a block side by side, ``[R, A, T, H]``; pads repeat a real token, or are zero if cleared."""
-    shape = (block.rows, block.longest, *tensor_MAH.shape[1:])
-    if clear:
-        slots = tensor_MAH.new_zeros(block.rows * block.longest, *tensor_MAH.shape[1:])
-        slots.index_copy_(0, block.real_slots, tensor_MAH.index_select(0, block.real_tokens))
-    else:
-        slots = tensor_MAH.index_select(0, block.tokens)
-    return slots.view(shape).transpose(1, 2)
+def _text_gradients(
+    slots: Slots,
+    shape: _Shape,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+) -> list[Tensor]:
+    """Gradients of queries, keys and values through every row's attention to itself."""
+    tokens_S = slots.tokens_S
+    q, k, v, o, g = (tensor.index_select(0, tokens_S) for tensor in (query, key, value, out, grad_out))
+    # A pad's weights are exp(score - infinity) = 0, so whatever stands there gives no gradient to anything.
+    log_sum = lse.index_select(0, tokens_S) + slots.pad_S1
+    k, v = _all_heads(k, shape), _all_heads(v, shape)
+    parts = [
+        _flash_backward(
+            *(_rows(tensor, block) for tensor in (g, q, k, v, o)),
+            _rows(log_sum[..., None], block)[..., 0],
+            shape.scale,
+            *_visibility(block, shape, q),
+        )
+        for block in slots.blocks
+    ]
+    grad_q, grad_k, grad_v = (_gathered([part[number] for part in parts], slots) for number in range(3))
+    return [grad_q, _kv_heads(grad_k, shape), _kv_heads(grad_v, shape)]
 
 
-def _unpadded(padded_RATH: Tensor, block: Block) -> Tensor:
-    """Give the real tokens of a block, ``[m, A, H]``, in the order of ``block.real_tokens``."""
-    return padded_RATH.transpose(1, 2).flatten(0, 1).index_select(0, block.real_slots)
+def _rows(tensor_SAH: Tensor, block: Block) -> Tensor:
+    """The rows of a block, ``[R, A, T, H]``."""
+    return tensor_SAH[block.slots].unflatten(0, (block.rows, block.longest)).transpose(1, 2)
 
 
-def _all_heads(states_RNTH: Tensor, shape: _Shape) -> Tensor:
-    return states_RNTH if shape.groups == 1 else states_RNTH.repeat_interleave(shape.groups, dim=1)
+def _gathered(parts_RATH: Sequence[Tensor], slots: Slots) -> Tensor:
+    """What the blocks hold for the packed tokens, ``[M, A, H]``."""
+    flat = [part.transpose(1, 2).flatten(0, 1) for part in parts_RATH]
+    return (flat[0] if len(flat) == 1 else torch.cat(flat)).index_select(0, slots.slot_M)
 
 
-def _kv_heads(gradient_RATH: Tensor, shape: _Shape) -> Tensor:
-    return gradient_RATH if shape.groups == 1 else gradient_RATH.unflatten(1, (-1, shape.groups)).sum(dim=2)
+def _all_heads(states_XNH: Tensor, shape: _Shape) -> Tensor:
+    return states_XNH if shape.groups == 1 else states_XNH.repeat_interleave(shape.groups, dim=1)
+
+
+def _kv_heads(gradient_XAH: Tensor, shape: _Shape) -> Tensor:
+    return gradient_XAH if shape.groups == 1 else gradient_XAH.unflatten(1, (-1, shape.groups)).sum(dim=2)
 
 
 def _visibility(block: Block, shape: _Shape, like: Tensor) -> tuple[bool, Tensor | None]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softprompts.types import LayerKey, PromptStates
 
-__all__ = ["Block", "Packing", "PromptSpan", "attention_blocks", "pack"]
+__all__ = ["Block", "Packing", "PromptSpan", "Slots", "attention_slots", "pack"]
 
 _SHORTEST_SHARE = 0.7
 """Rows shorter than this share of the longest row of their block open a block of their own."""
@@ -29,14 +29,27 @@ _FEWEST_ROWS_OF_A_BLOCK = 4
 class Block:
     """Rows of similar length whose attention among themselves is one call of a kernel."""
 
+    first_slot: int
     rows: int
     longest: int
-    tokens: Tensor
-    """``[rows * longest]``: packed index that stands in every slot; pads repeat their row's first token."""
-    real_slots: Tensor
-    """``[m]``: slots that are no pads."""
-    real_tokens: Tensor
-    """``[m]``: their packed indices."""
+
+    @property
+    def slots(self) -> slice:
+        """Its slots among those of all blocks."""
+        return slice(self.first_slot, self.first_slot + self.rows * self.longest)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Packed rows laid out side by side again, block by block, for attention alone; S slots, pads among them."""
+
+    blocks: tuple[Block, ...]
+    tokens_S: Tensor
+    """Packed token in every slot; a pad repeats the first token of its row."""
+    slot_M: Tensor
+    """Slot of every packed token."""
+    pad_S1: Tensor
+    """0 at tokens and infinity at pads; added to the log-sum-exp of the scores it takes pads out of gradients."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ class Packing:
     """Position of every packed token, the tokens of embedded prompts in front."""
     embeddings: tuple[Tensor, ...]
     """Prompts that are run together with the text, ``[P, D]`` each, in front of it."""
-    blocks: tuple[Block, ...]
+    slots: Slots
     spans: tuple[PromptSpan, ...]
     keys_values: Sequence[Mapping[LayerKey, tuple[Tensor, Tensor]]]
     """Per prompt in use: its keys and values ``[N, P, H]``, empty for an embedded one."""
@@ -115,17 +128,17 @@ def pack(mask_BT: Tensor, states: Sequence[PromptStates], prompt_of_row_B: Tenso
         packed_of_BT=packed_of_BT.view(mask_BT.shape),
         position_M=position_M,
         embeddings=tuple(state.embeddings_PD for state in states if state.embeddings_PD is not None),
-        blocks=attention_blocks([(first, length) for first, length, _ in pieces if length], device),
+        slots=attention_slots([(first, length) for first, length, _ in pieces if length], device),
         spans=tuple(span for span in spans if span.end > span.start),
         keys_values=[state.keys_values for state in states],
     )
 
 
-def attention_blocks(pieces: Sequence[tuple[int, int]], device: torch.device) -> tuple[Block, ...]:
+def attention_slots(pieces: Sequence[tuple[int, int]], device: torch.device) -> Slots:
     """Group rows of similar length, so that attention pads little in few calls.
 
     Args:
-        pieces: First packed token and length (at least 1) of every row.
+        pieces: First packed token and length (at least 1) of every row, in packed order.
         device: Where the indices are used.
     """
     groups: list[list[tuple[int, int]]] = []
@@ -135,15 +148,22 @@ def attention_blocks(pieces: Sequence[tuple[int, int]], device: torch.device) ->
         if not groups or (short and (len(groups[-1]) >= _FEWEST_ROWS_OF_A_BLOCK or piece[1] * 2 < groups[-1][0][1])):
             groups.append([])
         groups[-1].append(piece)
-    return tuple(_block(group, device) for group in groups)
-
-
-def _block(pieces: Sequence[tuple[int, int]], device: torch.device) -> Block:
-    longest = pieces[0][1]
-    first_R = torch.tensor([first for first, _ in pieces])
-    length_R = torch.tensor([length for _, length in pieces])
-    column_T = torch.arange(longest)
-    real_RT = column_T[None] < length_R[:, None]
-    tokens = torch.where(real_RT, first_R[:, None] + column_T, first_R[:, None]).flatten()
-    slots = torch.nonzero(real_RT.flatten())[:, 0]
-    return Block(len(pieces), longest, tokens.to(device), slots.to(device), tokens[slots].to(device))
+    blocks: list[Block] = []
+    firsts: list[Tensor] = []
+    columns: list[Tensor] = []
+    lengths: list[Tensor] = []
+    first_slot = 0
+    for group in groups:
+        longest = group[0][1]
+        blocks.append(Block(first_slot, len(group), longest))
+        first_slot += len(group) * longest
+        firsts.append(torch.tensor([first for first, _ in group]).repeat_interleave(longest))
+        lengths.append(torch.tensor([length for _, length in group]).repeat_interleave(longest))
+        columns.append(torch.arange(longest).repeat(len(group)))
+    first_S, column_S, length_S = torch.cat(firsts), torch.cat(columns), torch.cat(lengths)
+    real_S = column_S < length_S
+    tokens_S = first_S + column_S * real_S
+    slot_M = torch.empty(int(real_S.sum()), dtype=torch.long)
+    slot_M[tokens_S[real_S]] = torch.nonzero(real_S)[:, 0]
+    pad_S1 = torch.zeros(len(tokens_S), 1).masked_fill_(~real_S[:, None], torch.inf)
+    return Slots(tuple(blocks), tokens_S.to(device), slot_M.to(device), pad_S1.to(device))
