@@ -12,17 +12,19 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompts.errors import ConfigError, DataNotFoundError, UnsupportedModelError, nearest
+from softprompts.errors import ConfigError, UnsupportedModelError
 from softprompts.models.attention import IMPLEMENTATION, Steering, register_attention
+from softprompts.models.encoder_decoder import EncoderDecoder
 from softprompts.models.geometry import probe
+from softprompts.models.loading import load_pretrained
 from softprompts.models.packing import Packing, pack
+from softprompts.models.seq2seq_check import verify_seq2seq
 from softprompts.types import LayerKey, PromptStates
 
 __all__ = ["FrozenLM"]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _VOLATILE = (
     "_attn_implementation",
     "_name_or_path",
@@ -36,13 +38,16 @@ _DROPOUT_FIELDS = ("dropout", "attention_dropout", "activation_dropout", "layerd
 
 
 class FrozenLM:
-    """A causal language model whose weights are frozen, without dropout, ready to be steered.
+    """A language model whose weights are frozen, without dropout, ready to be steered.
+
+    It is decoder-only (GPT-2, Llama, ...) or an encoder-decoder (T5, BART, ...).
 
     Attributes:
         model: The transformers model, in eval mode, no parameter requires a gradient.
         tokenizer: Its tokenizer.
         geometry: What it offers to a prompt (probed).
         name: Where it came from, for people to read.
+        pair: Its two halves if it is an encoder-decoder, otherwise ``None``.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str = "") -> None:
@@ -55,9 +60,14 @@ class FrozenLM:
         self.freeze()
         try:
             model.set_attn_implementation(IMPLEMENTATION)
-            self.geometry, self.layer_of = probe(model)
-            self._verify()
-            self.packable = self._packs_exactly()
+            self.pair = EncoderDecoder(model) if model.config.is_encoder_decoder else None
+            if self.pair is not None:
+                self.geometry, self.layer_of = self.pair.geometry, self.pair.layer_of
+                verify_seq2seq(self.pair, min(self.geometry.vocab_size, len(tokenizer)))
+            else:
+                self.geometry, self.layer_of = probe(model)
+                self._verify()
+            self.packable = self.pair is None and self._packs_exactly()
         except UnsupportedModelError:
             self.release()
             raise
@@ -90,24 +100,9 @@ class FrozenLM:
             ConfigError: An option is unknown.
             UnsupportedModelError: The model cannot be steered correctly.
         """
-        if dtype not in _DTYPES:
-            raise ConfigError(f"unknown dtype '{dtype}': {nearest(dtype, _DTYPES)}")
         if quantization is not None:
             raise ConfigError(f"quantization '{quantization}' is not offered by this version; leave it out (null)")
-        place = _device(device)
-        try:
-            # low-level loaders raise OSError for a missing directory, a missing file and an unreachable hub alike
-            model = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=_DTYPES[dtype], revision=revision)
-            tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), revision=revision)
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise DataNotFoundError(
-                f"model '{name_or_path}' cannot be loaded: {reason}; give a directory that holds a transformers model, "
-                "a hub name, or 'bundled'"
-            ) from error
-        except ValueError as error:
-            raise UnsupportedModelError(f"'{name_or_path}' is no causal language model: {error}") from error
-        nn.Module.to(model, place)
+        model, tokenizer = load_pretrained(name_or_path, dtype=dtype, device=device, revision=revision)
         frozen = cls(model, tokenizer, name=str(name_or_path))
         if gradient_checkpointing:
             frozen.enable_gradient_checkpointing()
@@ -142,6 +137,20 @@ class FrozenLM:
                     setattr(module, name, 0.0)
         self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self._checkpointing = True
+        if self.pair is not None:
+            self.pair.checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep activations again. Dropout stays off, as ever."""
+        self.model.activation_checkpointing_disable()
+        self._checkpointing = False
+        if self.pair is not None:
+            self.pair.checkpointing = False
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed in the backward pass."""
+        return self._checkpointing
 
     # -- what it is --------------------------------------------------------------------------------------------------
 
@@ -182,6 +191,14 @@ class FrozenLM:
         marked = self.tokenizer("a").input_ids
         start = next((i for i in range(len(marked)) if marked[i : i + len(plain)] == plain), 0)
         return tuple(marked[:start])
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...] | None:
+        """What the tokenizer puts behind every text that an encoder reads (T5: ``</s>``); ``None`` without encoder."""
+        if self.pair is None:
+            return None
+        marked = self.tokenizer("a").input_ids
+        return tuple(marked[len(self.bos_ids) + len(self.tokenizer("a", add_special_tokens=False).input_ids) :])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -230,11 +247,12 @@ class FrozenLM:
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Input embeddings ``[len(ids), D]``, computed by the model's own module (some families scale inside it)."""
+        ids_1P = torch.as_tensor(list(ids), device=self.device)[None]
         with torch.no_grad():
-            embeddings: Tensor = self.model.get_input_embeddings()(
-                torch.as_tensor(list(ids), device=self.device)[None]
-            )[0]
-        return embeddings.clone()
+            embeddings: Tensor = (
+                self.model.get_input_embeddings()(ids_1P) if self.pair is None else self.pair.embed(ids_1P)
+            )
+        return embeddings[0].clone()
 
     def common_ids(self, count: int) -> list[int]:
         """The ``count`` most common token ids, most common first.
@@ -264,6 +282,8 @@ class FrozenLM:
         Returns:
             Per layer ``(keys [N, P, H], values [N, P, H])``.
         """
+        if self.pair is not None:
+            return self.pair.activations(embeddings_PD)
         captured: dict[LayerKey, tuple[Tensor, Tensor]] = {}
         length = embeddings_PD.shape[0]
         self.hidden_states(
@@ -322,6 +342,8 @@ class FrozenLM:
 
     def head(self, hidden_MD: Tensor) -> Tensor:
         """Logits ``[M, V]`` in float32 from hidden states at any positions."""
+        if self.pair is not None:
+            return self.pair.head(hidden_MD)
         logits: Tensor = self.model.get_output_embeddings()(hidden_MD).float()
         return logits
 
@@ -382,18 +404,6 @@ class FrozenLM:
                 f"'{self.geometry.family}' behind a prefix made of a text's own activations gives other logits than "
                 f"behind the text (difference {difference:.2g} standard deviations, allowed {allowed}); it is refused"
             )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device '{name}'; expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device '{name}' asked for, but this torch sees no CUDA device; use device: cpu")
-    return device
 
 
 def _is_text(piece: str) -> bool:

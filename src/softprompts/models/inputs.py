@@ -19,6 +19,7 @@ from softprompts.types import Batch, Geometry, LayerKey, PromptStates
 
 __all__ = [
     "check_length",
+    "differing_visibility",
     "label_positions",
     "left_aligned",
     "position_ids",
@@ -78,6 +79,28 @@ def visible_positions(states: Sequence[PromptStates], prompt_of_row_B: Tensor) -
     return torch.arange(longest, device=length_B.device)[None, :] < length_B[:, None]
 
 
+def differing_visibility(states: Sequence[PromptStates], prompt_of_row_B: Tensor) -> dict[LayerKey, Tensor]:
+    """Which prompt columns each row sees in the layers that not all of these prompts reach, bool ``[B, P]``.
+
+    A prefix may live in some layers only, and an embedding prompt of an encoder-decoder in none; in the layers that a
+    row's prompt does not reach, the row sees nothing of what is there for others.
+    """
+    everywhere = {layer for state in states for layer in state.keys_values}
+    longest = max((state.length for state in states), default=0)
+    shared: dict[tuple[bool, ...], Tensor] = {}
+    visible_at: dict[LayerKey, Tensor] = {}
+    for layer in everywhere:
+        reached = tuple(layer in state.keys_values for state in states)
+        if all(reached):
+            continue
+        if reached not in shared:  # layers that the same prompts reach share one mask
+            lengths = [state.length if has else 0 for state, has in zip(states, reached, strict=True)]
+            length_B = torch.tensor([*lengths, 0], device=prompt_of_row_B.device)[prompt_of_row_B]
+            shared[reached] = torch.arange(longest, device=length_B.device)[None, :] < length_B[:, None]
+        visible_at[layer] = shared[reached]
+    return visible_at
+
+
 def prompts_in_use(states: Sequence[PromptStates], prompt_of_row_B: Tensor) -> tuple[list[PromptStates], Tensor]:
     """Leave out the prompts that no row of this batch carries (thousands may be resident).
 
@@ -111,11 +134,19 @@ def rows_of_prompts(
         return layers
     longest = max(state.length for state in states)
     index_B = prompt_of_row_B.clamp(min=0)
-    for layer in states[0].keys_values:
-        keys_K = torch.stack([_padded(state.keys_values[layer][0], longest) for state in states])
-        values_K = torch.stack([_padded(state.keys_values[layer][1], longest) for state in states])
+    for layer in {layer: None for state in states for layer in state.keys_values}:  # in order, each once
+        pairs = [state.keys_values.get(layer) for state in states]
+        keys, values = next(pair for pair in pairs if pair is not None)
+        # A prompt that does not reach this layer leaves a blank that no row sees (see differing_visibility).
+        blanks = (_blank(keys, longest), _blank(values, longest))
+        filled = [blanks if pair is None else (_padded(pair[0], longest), _padded(pair[1], longest)) for pair in pairs]
+        keys_K, values_K = (torch.stack(columns) for columns in zip(*filled, strict=True))
         layers[layer] = (keys_K[index_B], values_K[index_B])
     return layers
+
+
+def _blank(states_NPH: Tensor, longest: int) -> Tensor:
+    return states_NPH.new_zeros(states_NPH.shape[0], longest, states_NPH.shape[2])
 
 
 def _padded(states_NPH: Tensor, longest: int) -> Tensor:
