@@ -19,13 +19,22 @@ from torch import Tensor
 
 from softprompts.models.packing import Block, Packing, PromptSpan, Slots
 
-__all__ = ["merge", "packed_attention"]
+__all__ = ["Layout", "Shape", "attention_backward", "attention_forward", "merge", "packed_attention"]
 
 
-class _Shape(NamedTuple):
+class Layout(NamedTuple):
+    """Which tokens attend to each other, and which to a prompt, in one layer."""
+
+    slots: Slots
+    spans: tuple[PromptSpan, ...]
+    """Those whose prompt this layer sees, in the order of prompts."""
+
+
+class Shape(NamedTuple):
     """What every part of one call has in common."""
 
     scale: float
+    """Of the scores."""
     window: int | None
     groups: int
     """Attention heads per KV head."""
@@ -56,12 +65,13 @@ def packed_attention(
     Returns:
         ``[M, A, H]``.
     """
-    shape = _Shape(
+    shape = Shape(
         scale if scale is not None else query_MAH.shape[-1] ** -0.5, window, query_MAH.shape[1] // key_MNH.shape[1]
     )
+    spans = tuple(span for span in packing.spans if span.embedded is not None or prefixes[span.prompt] is not None)
     flat = [tensor for prefix in prefixes if prefix is not None for tensor in prefix]
-    held = tuple(prefix is not None for prefix in prefixes)
-    return cast(Tensor, _PackedAttention.apply(packing, shape, held, query_MAH, key_MNH, value_MNH, *flat))  # type: ignore[no-untyped-call]
+    layout = Layout(packing.slots, spans)
+    return cast(Tensor, _PackedAttention.apply(layout, shape, query_MAH, key_MNH, value_MNH, *flat))  # type: ignore[no-untyped-call]
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,78 +97,105 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        packing: Packing,
-        shape: _Shape,
-        held: tuple[bool, ...],
+        layout: Layout,
+        shape: Shape,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         *prefixes: Tensor,
     ) -> Tensor:
         """Return ``[M, A, H]``."""
-        slots = packing.slots
-        q, k, v = (tensor.index_select(0, slots.tokens_S) for tensor in (query, key, value))
-        k, v = _all_heads(k, shape), _all_heads(v, shape)
-        parts = [
-            _flash(*(_rows(tensor, block) for tensor in (q, k, v)), shape.scale, *_visibility(block, shape, q))
-            for block in slots.blocks
-        ]
-        out = _gathered([part for part, _ in parts], slots)
-        lse = _gathered([part_lse[..., None] for _, part_lse in parts], slots)[..., 0]
-        for span, keys, values in _prompts(packing, held, key, value, prefixes):
-            rows = slice(span.start, span.end)
-            q = query[rows].transpose(0, 1)[None]
-            k, v = _all_heads(keys[None], shape), _all_heads(values[None], shape)
-            part, part_lse = _flash(q, k, v, shape.scale, False, None)
-            out[rows], lse[rows] = merge(out[rows], lse[rows], part[0].transpose(0, 1), part_lse[0].transpose(0, 1))
+        out, lse = attention_forward(layout, shape, query, key, value, prefixes)
         ctx.save_for_backward(query, key, value, out, lse, *prefixes)
-        ctx.packing, ctx.shape, ctx.held = packing, shape, held
+        ctx.layout, ctx.shape = layout, shape
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         """Return the gradients of queries, keys, values and prefixes."""
         query, key, value, out, lse, *prefixes = ctx.saved_tensors
-        grad_out = gradients[0].contiguous()
-        packing, shape = ctx.packing, ctx.shape
         # In the first layer behind a prefix the text itself has nothing to pass on; its gradients stay empty.
-        text: list[Tensor] = []
-        if any(ctx.needs_input_grad[3:6]):
-            text = _text_gradients(packing.slots, shape, query, key, value, out, lse, grad_out)
-        grads: list[Tensor] = []
-        for span, keys, values in _prompts(packing, ctx.held, key, value, prefixes):
-            rows = slice(span.start, span.end)
-            q, o, g = (tensor[rows].transpose(0, 1)[None] for tensor in (query, out, grad_out))
-            log_sum = lse[rows].transpose(0, 1)[None]
-            k, v = _all_heads(keys[None], shape), _all_heads(values[None], shape)
-            part_q, part_k, part_v = _flash_backward(g, q, k, v, o, log_sum, shape.scale, False, None)
-            part_k, part_v = _kv_heads(part_k, shape)[0], _kv_heads(part_v, shape)[0]
-            if text:
-                text[0][rows] += part_q[0].transpose(0, 1)
-            if span.embedded is None:
-                grads += [part_k, part_v]
-            elif text:
-                text[1][slice(*span.embedded)] += part_k.transpose(0, 1)
-                text[2][slice(*span.embedded)] += part_v.transpose(0, 1)
-        return None, None, None, *(text or (None, None, None)), *grads
+        through_text = any(ctx.needs_input_grad[2:5])
+        text, prompts = attention_backward(
+            ctx.layout, ctx.shape, query, key, value, prefixes, out, lse, gradients[0], through_text=through_text
+        )
+        return None, None, *(text or (None, None, None)), *prompts
+
+
+def attention_forward(
+    layout: Layout, shape: Shape, query: Tensor, key: Tensor, value: Tensor, prefixes: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Give the output ``[M, A, H]`` and the log-sum-exp of the scores ``[M, A]``."""
+    slots = layout.slots
+    q, k, v = (tensor.index_select(0, slots.tokens_S) for tensor in (query, key, value))
+    k, v = _all_heads(k, shape), _all_heads(v, shape)
+    parts = []
+    for block in slots.blocks:
+        rows = [_rows(tensor, block) for tensor in (q, k, v)]
+        parts.append(_flash(rows[0], rows[1], rows[2], shape.scale, *_visibility(block, shape, q)))
+    out = _gathered([part for part, _ in parts], slots)
+    lse = _gathered([part_lse[..., None] for _, part_lse in parts], slots)[..., 0]
+    for span, keys, values in _prompts(layout, key, value, prefixes):
+        inside = slice(span.start, span.end)
+        q = query[inside].transpose(0, 1)[None]
+        k, v = _all_heads(keys[None], shape), _all_heads(values[None], shape)
+        part, part_lse = _flash(q, k, v, shape.scale, False, None)
+        out[inside], lse[inside] = merge(out[inside], lse[inside], part[0].transpose(0, 1), part_lse[0].transpose(0, 1))
+    return out, lse
+
+
+def attention_backward(
+    layout: Layout,
+    shape: Shape,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefixes: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    *,
+    through_text: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Give the gradients of queries, keys and values (none if not ``through_text``) and of the prefixes."""
+    grad_out = grad_out.contiguous()
+    text: list[Tensor] = []
+    if through_text:
+        text = _text_gradients(layout.slots, shape, query, key, value, out, lse, grad_out)
+    prompts: list[Tensor] = []
+    for span, keys, values in _prompts(layout, key, value, prefixes):
+        rows = slice(span.start, span.end)
+        q, o, g = (tensor[rows].transpose(0, 1)[None] for tensor in (query, out, grad_out))
+        log_sum = lse[rows].transpose(0, 1)[None]
+        k, v = _all_heads(keys[None], shape), _all_heads(values[None], shape)
+        part_q, part_k, part_v = _flash_backward(g, q, k, v, o, log_sum, shape.scale, False, None)
+        part_k, part_v = _kv_heads(part_k, shape)[0], _kv_heads(part_v, shape)[0]
+        if text:
+            text[0][rows] += part_q[0].transpose(0, 1)
+        if span.embedded is None:
+            prompts += [part_k, part_v]
+        elif text:
+            text[1][slice(*span.embedded)] += part_k.transpose(0, 1)
+            text[2][slice(*span.embedded)] += part_v.transpose(0, 1)
+    return text, prompts
 
 
 def _prompts(
-    packing: Packing, held: tuple[bool, ...], key: Tensor, value: Tensor, prefixes: Sequence[Tensor]
+    layout: Layout, key: Tensor, value: Tensor, prefixes: Sequence[Tensor]
 ) -> Iterator[tuple[PromptSpan, Tensor, Tensor]]:
-    """Give every span with the keys and values ``[N, P, H]`` of its prompt; spans stand in the order of prompts."""
+    """Give every span with the keys and values ``[N, P, H]`` of its prompt."""
     given = iter(prefixes)
-    for span in packing.spans:
+    for span in layout.spans:
         if span.embedded is not None:
             inside = slice(*span.embedded)
             yield span, key[inside].transpose(0, 1), value[inside].transpose(0, 1)
-        elif held[span.prompt]:
+        else:
             yield span, next(given), next(given)
 
 
 def _text_gradients(
     slots: Slots,
-    shape: _Shape,
+    shape: Shape,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -172,22 +209,21 @@ def _text_gradients(
     # A pad's weights are exp(score - infinity) = 0, so whatever stands there gives no gradient to anything.
     log_sum = lse.index_select(0, tokens_S) + slots.pad_S1
     k, v = _all_heads(k, shape), _all_heads(v, shape)
-    parts = [
-        _flash_backward(
-            *(_rows(tensor, block) for tensor in (g, q, k, v, o)),
-            _rows(log_sum[..., None], block)[..., 0],
-            shape.scale,
-            *_visibility(block, shape, q),
+    parts = []
+    for block in slots.blocks:
+        rows = [_rows(tensor, block) for tensor in (g, q, k, v, o, log_sum[..., None])]
+        causal, mask = _visibility(block, shape, q)
+        parts.append(
+            _flash_backward(rows[0], rows[1], rows[2], rows[3], rows[4], rows[5][..., 0], shape.scale, causal, mask)
         )
-        for block in slots.blocks
-    ]
     grad_q, grad_k, grad_v = (_gathered([part[number] for part in parts], slots) for number in range(3))
     return [grad_q, _kv_heads(grad_k, shape), _kv_heads(grad_v, shape)]
 
 
 def _rows(tensor_SAH: Tensor, block: Block) -> Tensor:
     """The rows of a block, ``[R, A, T, H]``."""
-    return tensor_SAH[block.slots].unflatten(0, (block.rows, block.longest)).transpose(1, 2)
+    inside = tensor_SAH[block.slots]
+    return inside.view(block.rows, block.longest, *inside.shape[1:]).transpose(1, 2)
 
 
 def _gathered(parts_RATH: Sequence[Tensor], slots: Slots) -> Tensor:
@@ -196,15 +232,15 @@ def _gathered(parts_RATH: Sequence[Tensor], slots: Slots) -> Tensor:
     return (flat[0] if len(flat) == 1 else torch.cat(flat)).index_select(0, slots.slot_M)
 
 
-def _all_heads(states_XNH: Tensor, shape: _Shape) -> Tensor:
+def _all_heads(states_XNH: Tensor, shape: Shape) -> Tensor:
     return states_XNH if shape.groups == 1 else states_XNH.repeat_interleave(shape.groups, dim=1)
 
 
-def _kv_heads(gradient_XAH: Tensor, shape: _Shape) -> Tensor:
+def _kv_heads(gradient_XAH: Tensor, shape: Shape) -> Tensor:
     return gradient_XAH if shape.groups == 1 else gradient_XAH.unflatten(1, (-1, shape.groups)).sum(dim=2)
 
 
-def _visibility(block: Block, shape: _Shape, like: Tensor) -> tuple[bool, Tensor | None]:
+def _visibility(block: Block, shape: Shape, like: Tensor) -> tuple[bool, Tensor | None]:
     """Causal flag and mask of a block's attention to itself; pads stand behind the text, so causality hides them."""
     if shape.window is None or block.longest <= shape.window:
         return True, None
