@@ -6,7 +6,7 @@ K prompts. A tensor's name ends in its shape: ``ids_BT`` is ``[batch, text token
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -73,6 +73,9 @@ class Geometry:
     sites: tuple[KeyValueSite, ...]
     """Every layer that owns keys and values, in the order in which the model runs them; of an encoder-decoder all of
     the encoder, then the decoder's self-attention, then its cross-attention."""
+    prompt_scrolls: bool = False
+    """Whether a prompt takes part in sliding windows and scrolls out of sight like text; otherwise it stays visible to
+    every token in every layer. Always false where no layer has a window."""
 
     @property
     def is_partial(self) -> bool:
@@ -83,6 +86,10 @@ class Geometry:
     def prefix_width(self) -> int:
         """Numbers per position of a prefix over all layers."""
         return sum(site.width for site in self.sites)
+
+    def reached(self, layers: Collection[LayerKey] | None) -> tuple[KeyValueSite, ...]:
+        """The sites at these layers, in the order of :attr:`sites`; ``None`` stands for all layers."""
+        return tuple(site for site in self.sites if layers is None or site.key in layers)
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,7 @@ class Encoded:
     prompt: int = 0
     """Index of the prompt that this row carries; -1 for none."""
     decoder_ids: tuple[int, ...] | None = None
-    """For encoder-decoders: the target's tokens, end included; ``ids`` is the encoder's input then, and nothing else."""
+    """For encoder-decoders: the tokens of the target, end included; ``ids`` is then what the encoder reads."""
 
     @property
     def target_ids(self) -> tuple[int, ...]:

@@ -306,7 +306,7 @@ def _encode(request: _Request, recipe: TrainRecipe, frozen: FrozenLM, raw: bool)
 
     example = Example(request.input, "", id=request.input[:40])
     if raw or not _names_task(recipe):
-        ids = (*frozen.bos_ids, *frozen.tokenize(request.input))
+        ids = (*frozen.bos_ids, *frozen.tokenize(request.input), *(frozen.end_ids or ()))
         return Encoded(ids, len(ids), example, request.prompt)
     task = get_task(recipe.task)
     return encode_rows([example], task, frozen, recipe.task, prompt=request.prompt, with_target=False)[0]

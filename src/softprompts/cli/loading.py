@@ -110,6 +110,7 @@ def encode_rows(
             prompt=prompt,
             with_target=with_target,
             bos_ids=frozen.bos_ids,
+            end_ids=frozen.end_ids,
         )
         for example in examples
     ]

@@ -76,19 +76,19 @@ def target_losses(prompted: PromptedLM, rows: Sequence[Encoded], *, batch_size: 
     """
     if not rows:
         raise DataError("there are no records to measure the loss on; expected at least one")
-    without = next((row for row in rows if row.target_start >= len(row.ids)), None)
+    without = next((row for row in rows if not row.target_ids), None)
     if without is not None:
         raise DataError(f"record '{without.example.id}' has no target; encode the records with their targets")
     frozen, states = prompted.frozen, prompted.states()
     nll_N = torch.zeros(len(rows), dtype=torch.float64)
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
+    order = sorted(range(len(rows)), key=lambda index: -rows[index].length)
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         batch = collate([rows[index] for index in indices], pad_id=frozen.pad_id).to(frozen.device)
         nll_M, _, row_M = prompted.label_losses(batch, states)
         nll_B = torch.zeros(len(indices), dtype=torch.float64).index_add_(0, row_M.cpu(), nll_M.double().cpu())
         nll_N[indices] = nll_B
-    return TargetLosses(tuple(nll_N.tolist()), tuple(len(row.ids) - row.target_start for row in rows))
+    return TargetLosses(tuple(nll_N.tolist()), tuple(len(row.target_ids) for row in rows))
 
 
 @dataclass(frozen=True)

@@ -145,25 +145,25 @@ class EncoderDecoder:
 
         The encoder reads them as its whole input, the cross-attention attends to them, and the decoder reads them as
         its own text beside that input.
-
-        Raises:
-            UnsupportedModelError: The two halves have embeddings of different widths.
         """
-        width = int(self.decoder.config.hidden_size)
-        if embeddings_PD.shape[1] != width:
-            raise UnsupportedModelError(
-                f"the decoder of this '{self.family}' has embeddings of width {width}, its encoder of "
-                f"{embeddings_PD.shape[1]}, so a prefix cannot start from words; set prompt.initializer.name=uniform"
-            )
         captured: dict[LayerKey, tuple[Tensor, Tensor]] = {}
         steering = Steering(self.layer_of, captured=captured)
         inputs = embeddings_PD.to(self.model.dtype)[None]
         mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
         encoded = self.encode(inputs, mask, steering)
-        # where a family scales embeddings inside one half and outside the other, each gets what its own words give
-        again = inputs * (self._decoder_scale / self._encoder_scale)
-        self.decode(None, encoded, mask, steering, embeddings_BUD=again)
+        self.decode(None, encoded, mask, steering, embeddings_BUD=self._as_decoder_reads(inputs))
         return {site.key: (captured[site.key][0][0], captured[site.key][1][0]) for site in self.geometry.sites}
+
+    def _as_decoder_reads(self, embeddings_1PD: Tensor) -> Tensor:
+        """The same words as the decoder's input embeddings."""
+        table, own = _table(self.model), _table(self.decoder)
+        if own.data_ptr() == table.data_ptr():
+            # some families scale embeddings inside one half and outside the other
+            return embeddings_1PD * (self._decoder_scale / self._encoder_scale)
+        # A decoder with a vocabulary of its own (T5Gemma) reads the words that are nearest to these vectors.
+        words_1P = torch.cdist(embeddings_1PD.float(), (table * self._encoder_scale).float()[None]).argmin(dim=-1)
+        read: Tensor = self.decoder.get_input_embeddings()(words_1P) * self._decoder_scale
+        return read
 
     def _set_mode(self) -> None:
         checkpointing = self.checkpointing and torch.is_grad_enabled()
@@ -194,11 +194,10 @@ class EncoderDecoder:
         sites = [_site(site, number, seen) for site in calls for number, seen in enumerate(calls[site])]
         modules = [seen.module for site in calls.values() for seen in site]
         layer_of = {module: site.key for module, site in zip(modules, sites, strict=True)}
-        embedding = self.model.get_input_embeddings()
         geometry = Geometry(
             family=self.family,
             width=int(self.embed(ids).shape[-1]),
-            vocab_size=int(embedding.weight.shape[0]),
+            vocab_size=int(_table(self.model).shape[0]),
             max_positions=self._max_positions(),
             sites=tuple(sites),
         )
@@ -218,9 +217,12 @@ class EncoderDecoder:
                 f"'{self.family}' runs one attention module several times; it cannot be steered"
             )
         for name, held in (("decoder", cache.self_attention_cache), ("cross", cache.cross_attention_cache)):
-            pairs = [(layer.keys, layer.values) for layer in held.layers]
+            pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in held.layers]
             agree = len(pairs) == len(calls[name]) and all(
-                keys is not None and torch.equal(keys, seen.keys_BNSH) and torch.equal(values, seen.values_BNSH)
+                keys is not None
+                and values is not None
+                and torch.equal(keys, seen.keys_BNSH)
+                and torch.equal(values, seen.values_BNSH)
                 for (keys, values), seen in zip(pairs, calls[name], strict=True)
             )
             if not agree:
@@ -236,10 +238,11 @@ class EncoderDecoder:
 
     @torch.no_grad()
     def _find_scales(self) -> None:
-        """Find out where the model scales: some multiply embeddings by sqrt(D) between ids and layers (Pegasus, Marian),
-        T5 with tied embeddings divides what goes into its head by it.
+        """Find out where the model scales what it computes.
 
-        Each is tried on ids, and nothing is believed that does not give the model's own numbers.
+        Some multiply embeddings by sqrt(D) between ids and layers (Pegasus, Marian), and T5 with tied embeddings
+        divides by it in front of its head. Each is tried on ids; nothing is believed that does not give the model's
+        own numbers.
         """
         ids = torch.arange(1, 1 + _PROBE_ENCODER_TOKENS, device=self.model.device)[None] % self.geometry.vocab_size
         mask, table, none = torch.ones_like(ids), self.model.get_input_embeddings(), Steering()
@@ -250,13 +253,13 @@ class EncoderDecoder:
         self._encoder_scale = self._matching(
             "its encoder", encoded, (1.0, inner), lambda scale: self.encode(table(ids) * scale, mask, none)
         )
-        if self.geometry.width == int(self.decoder.config.hidden_size):
-            self._decoder_scale = self._matching(
-                "its decoder",
-                hidden,
-                (1.0, inner),
-                lambda scale: self.decode(None, encoded, mask, none, embeddings_BUD=table(ids) * scale),
-            )
+        own = self.decoder.get_input_embeddings()
+        self._decoder_scale = self._matching(
+            "its decoder",
+            hidden,
+            (1.0, inner),
+            lambda scale: self.decode(None, encoded, mask, none, embeddings_BUD=own(ids) * scale),
+        )
 
         def logits_at(scale: float) -> Tensor:
             self._head_scale = scale
@@ -301,6 +304,12 @@ def _start_and_pad(model: PreTrainedModel) -> tuple[int, int]:
         )
     pads = (getattr(config, "pad_token_id", None) for config in configs)
     return int(start), int(next((pad for pad in pads if pad is not None), start))
+
+
+def _table(model: PreTrainedModel) -> Tensor:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _site(site: str, number: int, seen: Seen) -> KeyValueSite:

@@ -51,6 +51,13 @@ class Seq2SeqState:
         self.encoded_mask_BS = self.encoded_mask_BS[rows_R]
         self.steering = self.steering.select(rows_R)
 
+    def fork(self, rows_R: Tensor) -> None:
+        """Reorder and repeat rows that all go on behind their own input (the beams of a request).
+
+        Only what the decoder has written differs between them.
+        """
+        self.cache.self_attention_cache.batch_select_indices(rows_R)
+
     @torch.no_grad()
     def step(self, tokens_B: Tensor) -> Tensor:
         """Append one token to every row; logits ``[B, V]`` in float32 for the token after."""

@@ -7,12 +7,13 @@ yields the table ``[P, W]``; what a row of the table means is the prompt's kind.
 from __future__ import annotations
 
 import abc
+from collections.abc import Collection
 from typing import Self
 
 from torch import Tensor, nn
 
 from softprompts.prompts.reparam import Direct
-from softprompts.types import Geometry, PromptStates
+from softprompts.types import Geometry, LayerKey, PromptStates
 
 __all__ = ["SoftPrompt"]
 
@@ -23,6 +24,8 @@ class SoftPrompt(nn.Module, abc.ABC):
     Args:
         geometry: Shapes of the model that it is for.
         parametrization: Module whose ``forward()`` gives the table ``[P, W]``; its parameters are what is trained.
+        length: P.
+        layers: Where a prefix lives, if not in every layer of the model.
 
     Attributes:
         kind: ``"embedding"`` or ``"prefix"``.
@@ -30,16 +33,25 @@ class SoftPrompt(nn.Module, abc.ABC):
 
     kind: str
 
-    def __init__(self, geometry: Geometry, parametrization: nn.Module, length: int) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        parametrization: nn.Module,
+        length: int,
+        layers: Collection[LayerKey] | None = None,
+    ) -> None:
         super().__init__()
         self.geometry = geometry
         self.parametrization = parametrization
         self.length = length
+        # all layers by name are the same as no choice at all
+        chosen = None if layers is None else tuple(site.key for site in geometry.reached(layers))
+        self.layers = None if chosen is None or len(chosen) == len(geometry.sites) else chosen
 
     @staticmethod
     @abc.abstractmethod
-    def row_width(geometry: Geometry) -> int:
-        """W: numbers per position of this kind of prompt."""
+    def row_width(geometry: Geometry, layers: Collection[LayerKey] | None = None) -> int:
+        """W: numbers per position of this kind of prompt, on these layers (``None``: on all of them)."""
 
     @abc.abstractmethod
     def forward(self) -> PromptStates:
@@ -57,7 +69,7 @@ class SoftPrompt(nn.Module, abc.ABC):
 
     def fold(self) -> Self:
         """Drop the reparametrization: the same prompt with its table as the only parameter."""
-        return type(self)(self.geometry, Direct(self.table_PW), self.length)
+        return type(self)(self.geometry, Direct(self.table_PW), self.length, self.layers)
 
     @property
     def trained_parameters(self) -> int:
@@ -67,4 +79,4 @@ class SoftPrompt(nn.Module, abc.ABC):
     @property
     def stored_parameters(self) -> int:
         """Numbers that are kept once training is over: P x W."""
-        return self.length * self.row_width(self.geometry)
+        return self.length * self.row_width(self.geometry, self.layers)

@@ -6,7 +6,7 @@ values that these embeddings evoke in the frozen model (Li & Liang 2021, section
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from softprompts.config import InitConfig, PromptConfig
 from softprompts.errors import ConfigError, LengthError
 from softprompts.prompts.base import SoftPrompt
 from softprompts.prompts.embedding import EmbeddingPrompt
-from softprompts.prompts.prefix import PrefixPrompt, flatten_states
+from softprompts.prompts.prefix import PrefixPrompt, choose_layers, flatten_states, site_widths
 from softprompts.prompts.reparam import Direct, build_parametrization
 from softprompts.registry import Registry
-from softprompts.types import Geometry, TextEmbedder
+from softprompts.types import Geometry, LayerKey, TextEmbedder
 
 __all__ = [
     "INITIALIZERS",
@@ -107,6 +107,7 @@ def initial_table(
     frozen: TextEmbedder,
     generator: torch.Generator,
     source: SoftPrompt | None = None,
+    layers: Collection[LayerKey] | None = None,
 ) -> Tensor:
     """Return the table ``[P, W]`` that a prompt of this kind starts from.
 
@@ -117,29 +118,36 @@ def initial_table(
         frozen: The model that the prompt is for.
         generator: CPU generator; the same seed gives the same start.
         source: For the initializer ``prompt``: the prompt to start from.
+        layers: Where a prefix lives; ``None`` for all layers.
 
     Raises:
-        ConfigError: The initializer lacks something, or the source is of another kind.
+        ConfigError: The initializer lacks something, or the source is of another kind or on other layers.
         LengthError: Labels or source do not fit the length.
     """
     geometry = frozen.geometry
-    row_width = KINDS[kind].row_width(geometry)
+    row_width = KINDS[kind].row_width(geometry, layers)
     if config.name == "uniform":
         return (torch.rand(length, row_width, generator=generator) * 2 - 1) * config.scale
     if config.name == "prompt":
-        return _from_source(kind, length, frozen, source)
+        return _from_source(kind, length, frozen, source, layers)
     embeddings_PD = INITIALIZERS.get(config.name)(config, length, frozen, generator)
-    return _as_table(kind, embeddings_PD, frozen)
+    return _as_table(kind, embeddings_PD, frozen, layers)
 
 
-def _as_table(kind: str, embeddings_PD: Tensor, frozen: TextEmbedder) -> Tensor:
+def _as_table(kind: str, embeddings_PD: Tensor, frozen: TextEmbedder, layers: Collection[LayerKey] | None) -> Tensor:
     if kind == "embedding":
         return embeddings_PD.float()
     with torch.no_grad():
-        return flatten_states(frozen.geometry, frozen.activations(embeddings_PD))
+        return flatten_states(frozen.geometry, frozen.activations(embeddings_PD), layers)
 
 
-def _from_source(kind: str, length: int, frozen: TextEmbedder, source: SoftPrompt | None) -> Tensor:
+def _from_source(
+    kind: str,
+    length: int,
+    frozen: TextEmbedder,
+    source: SoftPrompt | None,
+    layers: Collection[LayerKey] | None,
+) -> Tensor:
     if source is None:
         raise ConfigError("initializer 'prompt' needs initializer.prompt, the directory of a saved prompt")
     if source.length != length:
@@ -147,12 +155,22 @@ def _from_source(kind: str, length: int, frozen: TextEmbedder, source: SoftPromp
             f"the prompt to start from has length {source.length}, this one {length}; set prompt.length={source.length}"
         )
     if source.kind == kind:
+        if set(layers or [site.key for site in frozen.geometry.sites]) - set(_layers_of(source)):
+            raise ConfigError(
+                "the prefix to start from lacks layers of this one; set prompt.sites and prompt.layers to what it has"
+            )
+        if kind == "prefix":
+            return flatten_states(frozen.geometry, source.fold()().keys_values, layers).detach()
         return source.table_PW
     if kind == "prefix":
-        return _as_table(kind, source.table_PW, frozen)
+        return _as_table(kind, source.table_PW, frozen, layers)
     raise ConfigError(
         "a prefix cannot be turned back into embeddings; start an embedding prompt from an embedding prompt"
     )
+
+
+def _layers_of(prompt: SoftPrompt) -> tuple[LayerKey, ...]:
+    return tuple(site.key for site in prompt.geometry.reached(prompt.layers))
 
 
 def build_prompt(
@@ -166,22 +184,37 @@ def build_prompt(
         seed: Fixes the initializer and the reparametrization; nothing else of the program's random state is touched.
         source: For the initializer ``prompt``: the prompt to start from.
     """
-    length = prompt_length(config, frozen)
+    length, geometry = prompt_length(config, frozen), frozen.geometry
+    layers = _chosen_layers(config, geometry)
     generator = torch.Generator().manual_seed(seed)
-    start_PW = initial_table(config.kind, config.initializer, length, frozen, generator, source)
+    start_PW = initial_table(config.kind, config.initializer, length, frozen, generator, source, layers)
+    parts = site_widths(geometry, layers) if config.kind == "prefix" else ()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parametrization = build_parametrization(config.reparametrization, start_PW, frozen.geometry.width)
-    return KINDS[config.kind](frozen.geometry, parametrization, length)
+        parametrization = build_parametrization(config.reparametrization, start_PW, geometry.width, parts)
+    return KINDS[config.kind](geometry, parametrization, length, layers)
 
 
-def prompt_from_table(kind: str, geometry: Geometry, table_PW: Tensor) -> SoftPrompt:
-    """Make a folded prompt from its table ``[P, W]``.
+def _chosen_layers(config: PromptConfig, geometry: Geometry) -> tuple[LayerKey, ...] | None:
+    if config.kind == "prefix":
+        return choose_layers(geometry, config.sites, config.layers)
+    if config.sites or config.layers:
+        raise ConfigError(
+            "prompt.sites and prompt.layers choose where a prefix lives; a prompt of kind 'embedding' stands in front "
+            "of all layers: leave them out"
+        )
+    return None
+
+
+def prompt_from_table(
+    kind: str, geometry: Geometry, table_PW: Tensor, layers: Collection[LayerKey] | None = None
+) -> SoftPrompt:
+    """Make a folded prompt from its table ``[P, W]``, a prefix on all layers or on those given.
 
     Raises:
         LengthError: The table's width is not what this kind of prompt has in this geometry.
     """
-    expected = KINDS[kind].row_width(geometry)
+    expected = KINDS[kind].row_width(geometry, layers)
     if table_PW.ndim != 2 or table_PW.shape[1] != expected:
         raise LengthError(f"a table of shape {tuple(table_PW.shape)} is no {kind} prompt, expected [P, {expected}]")
-    return KINDS[kind](geometry, Direct(table_PW), table_PW.shape[0])
+    return KINDS[kind](geometry, Direct(table_PW), table_PW.shape[0], layers)

@@ -11,13 +11,15 @@ squared error, the index embedding left as it is).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from softprompts.config import ReparamConfig
 from softprompts.errors import ConfigError
 
-__all__ = ["Direct", "Mlp", "Residual", "build_parametrization"]
+__all__ = ["Direct", "Mlp", "Residual", "SideBySide", "build_parametrization"]
 
 
 class Direct(nn.Module):
@@ -120,14 +122,36 @@ class Residual(nn.Module):
         return table_PW
 
 
-def build_parametrization(config: ReparamConfig, start_PW: Tensor, width: int) -> nn.Module:
+class SideBySide(nn.Module):
+    """Parametrizations of their own for the parts of one table.
+
+    An encoder-decoder has three: the official BART code keeps an index embedding and an MLP for each site.
+
+    Args:
+        parts: One per part, in the order of the columns.
+    """
+
+    def __init__(self, parts: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self) -> Tensor:
+        """Return the table ``[P, W]``."""
+        return torch.cat([part() for part in self.parts], dim=1)
+
+
+def build_parametrization(config: ReparamConfig, start_PW: Tensor, width: int, parts: Sequence[int] = ()) -> nn.Module:
     """Make the parametrization that a recipe asks for.
 
     Args:
         config: Which one.
         start_PW: The initializer's table.
         width: D of the model.
+        parts: Widths of the parts of the table that are parametrized apart from each other; empty for one.
     """
+    if len(parts) > 1 and config.name != "none":
+        pieces = start_PW.split(list(parts), dim=1)
+        return SideBySide([build_parametrization(config, piece, width) for piece in pieces])
     length, row_width = start_PW.shape
     if config.name == "none":
         return Direct(start_PW)

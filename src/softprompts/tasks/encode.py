@@ -7,6 +7,10 @@ between training (target known) and generation (target unknown).
 Conventions: ``ids`` hold no special tokens except what the tokenizer puts in front of every text (``bos_ids``) and the
 end token where the format asks for it (as separator, and after the target of a training row). ``labels_BT[b, t]`` is
 the token at t for every t of the target, end token included, and -100 elsewhere; nobody learns to predict the input.
+
+An encoder-decoder reads the input alone in its encoder and the target in its decoder, each a text of its own: the
+tokenizer's special tokens stand around the input (T5: ``</s>`` behind it), nothing separates the two, and neither
+begins with the space that a continuation begins with.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ def encode(
     prompt: int = 0,
     with_target: bool = True,
     bos_ids: Sequence[int] = (),
+    end_ids: Sequence[int] | None = None,
 ) -> Encoded:
     """Turn one example into token ids.
 
@@ -54,35 +59,47 @@ def encode(
         prompt: Index of the prompt that the row carries, -1 for none.
         with_target: False gives input and separator only, for generation.
         bos_ids: What the tokenizer puts in front of every text (``FrozenLM.bos_ids``); never cut.
+        end_ids: What the tokenizer puts behind every text of an encoder (``FrozenLM.end_ids``). If given, the row is
+            for an encoder-decoder, and input and target may have ``max_length`` tokens each.
 
     Returns:
-        The row; its labels are ``ids[target_start:]``.
+        The row; its labels are ``ids[target_start:]``, or ``decoder_ids`` for an encoder-decoder.
 
     Raises:
         LengthError: The row is longer than ``max_length`` (with ``truncate``: even without its input).
         DataError: The target is empty, or nothing is left to encode.
     """
-    head: list[int] = []
-    kept: list[int] = []
-    target: list[int] = []
+    paired = end_ids is not None
+    parts: dict[str, list[int]] = {"input": [], "separator": [], "target": []}
     for segment in format.segments(example):
         if segment.role in ("target", "end") and not with_target:
             continue
         special = segment.text == END_TOKEN and segment.role in ("separator", "end")
-        ids = [eos_id] if special else tokenize(segment.text)
-        {"input": head, "separator": kept, "target": target, "end": target}[segment.role].extend(ids)
+        if segment.role == "separator" and paired and (special or not segment.text.strip()):
+            continue  # a mark between input and target that says nothing: the two stand in different places
+        text = segment.text.lstrip(" ") if paired and segment.role in ("input", "target") else segment.text
+        ids = [eos_id] if special else tokenize(text)
+        parts["target" if segment.role == "end" else segment.role].extend(ids)
         if segment.role == "target" and (not ids or not example.target.strip()):
             raise DataError(f"the target of record '{example.id}' is empty; every record needs an answer to learn from")
-    total = len(bos_ids) + len(head) + len(kept) + len(target)
+    head, kept, target = parts["input"], parts["separator"], parts["target"]
+    around = len(bos_ids) + len(end_ids or ())
+    if target and paired:
+        target = [*bos_ids, *target]
+        if len(target) > max_length:
+            raise LengthError(_too_long(example, max_length, 0, 0, len(target), "truncate"))
+    behind = [] if paired else target
+    total = around + len(head) + len(kept) + len(behind)
     if total > max_length:
-        room = max_length - len(bos_ids) - len(kept) - len(target)
+        room = max_length - around - len(kept) - len(behind)
         if on_long == "error" or room < 0:
-            raise LengthError(_too_long(example, max_length, len(bos_ids) + len(head), len(kept), len(target), on_long))
+            raise LengthError(_too_long(example, max_length, around + len(head), len(kept), len(behind), on_long))
         head = head[:room]
-    ids = [*bos_ids, *head, *kept, *target]
+    ids = [*bos_ids, *head, *kept, *(end_ids or ()), *behind]
     if not ids:
         raise DataError(f"record '{example.id}' gives no tokens at all; give it an input, or the format a separator")
-    return Encoded(tuple(ids), len(ids) - len(target), example, prompt)
+    decoder_ids = tuple(target) if paired and with_target else None
+    return Encoded(tuple(ids), len(ids) - len(behind), example, prompt, decoder_ids)
 
 
 def _too_long(example: Example, limit: int, head: int, kept: int, target: int, on_long: str) -> str:
@@ -113,10 +130,11 @@ def collate(
         with_labels: False leaves the labels out.
 
     Returns:
-        ids, mask and labels of shape [B, T] and the prompt indices [B], all int64 on the CPU.
+        ids, mask and labels of shape [B, T] and the prompt indices [B], all int64 on the CPU. Rows of an
+        encoder-decoder have targets of shape [B, U] in place of labels.
 
     Raises:
-        ConfigError: There are no rows.
+        ConfigError: There are no rows, or rows of both kinds of model.
     """
     if not rows:
         raise ConfigError("a batch of no rows was asked for; give at least one")
@@ -131,7 +149,22 @@ def collate(
         mask_BT[index, start:end] = 1
         labels_BT[index, start + row.target_start : end] = ids_BT[index, start + row.target_start : end]
     prompt_of_row_B = torch.tensor([row.prompt for row in rows])
-    return Batch(ids_BT, mask_BT, labels_BT if with_labels else None, prompt_of_row_B)
+    targets_BU = _targets(rows) if with_labels else None
+    labels = labels_BT if with_labels and targets_BU is None else None
+    return Batch(ids_BT, mask_BT, labels, prompt_of_row_B, targets_BU)
+
+
+def _targets(rows: Sequence[Encoded]) -> torch.Tensor | None:
+    """What the decoder should predict, ``[B, U]``; ``None`` where the rows are for a decoder-only model."""
+    targets = [row.decoder_ids for row in rows if row.decoder_ids is not None]
+    if not targets:
+        return None
+    if len(targets) != len(rows):
+        raise ConfigError("some rows of this batch have a decoder's target and some have none; encode them all alike")
+    targets_BU = torch.full((len(rows), max(len(target) for target in targets)), IGNORED_LABEL, dtype=torch.int64)
+    for index, target in enumerate(targets):
+        targets_BU[index, : len(target)] = torch.tensor(target)
+    return targets_BU
 
 
 def bucketed_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:

@@ -24,13 +24,13 @@ class EncodedBatches:
 
     def __call__(self, epoch: int, start: int) -> Iterator[Batch]:
         """Give the batches of one epoch from number ``start`` on, padded on the right."""
-        lengths = [len(row.ids) for row in self.rows]
+        lengths = [row.length for row in self.rows]
         for indices in bucketed_batches(lengths, self.batch_size, seed=self.seed, epoch=epoch)[start:]:
             yield collate([self.rows[index] for index in indices], pad_id=self.pad_id)
 
 
 def in_order(rows: Sequence[Encoded], batch_size: int, *, pad_id: int) -> Iterator[Batch]:
     """Give every row once, similar lengths together, always in the same batches: for measuring a loss."""
-    ordered = sorted(rows, key=lambda row: len(row.ids))
+    ordered = sorted(rows, key=lambda row: row.length)
     for first in range(0, len(ordered), batch_size):
         yield collate(ordered[first : first + batch_size], pad_id=pad_id)
