@@ -104,6 +104,8 @@ class PromptStates:
     embeddings_PD: Tensor | None = None
     keys_values: Mapping[LayerKey, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Per layer ``(keys [N, P, H], values [N, P, H])``, keys after rotary embedding, as the attention sees them."""
+    infix: bool = False
+    """Whether it stands behind the input of its row, and not in front of it."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ class Encoded:
     """Index of the prompt that this row carries; -1 for none."""
     decoder_ids: tuple[int, ...] | None = None
     """For encoder-decoders: the tokens of the target, end included; ``ids`` is then what the encoder reads."""
+    infix_at: int | None = None
+    """Index of the first token behind the input, which is where an infix goes; ``None`` where nobody said."""
 
     @property
     def target_ids(self) -> tuple[int, ...]:
@@ -176,6 +180,8 @@ class Batch:
     """For encoder-decoders: the tokens that the decoder should predict at its positions ``0..U-1``, -100 behind each
     row's end; ``ids_BT`` is the encoder's input then and ``labels_BT`` is ``None``. The owner of the forward pass makes
     the decoder's input of it: the start token, then these tokens but the last."""
+    infix_B: Tensor | None = None
+    """Real tokens in front of the place where an infix goes; ``None`` where nobody said."""
 
     @property
     def rows(self) -> int:
@@ -186,7 +192,9 @@ class Batch:
         """Return the same batch on another device."""
         labels = None if self.labels_BT is None else self.labels_BT.to(device)
         targets = None if self.targets_BU is None else self.targets_BU.to(device)
-        return Batch(self.ids_BT.to(device), self.mask_BT.to(device), labels, self.prompt_of_row_B.to(device), targets)
+        infix = None if self.infix_B is None else self.infix_B.to(device)
+        owners = self.prompt_of_row_B.to(device)
+        return Batch(self.ids_BT.to(device), self.mask_BT.to(device), labels, owners, targets, infix)
 
     @property
     def tokens(self) -> int:

@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from conftest import SIZES, ZOO, byte_tokenizer, tiny_model
 from softprompts.models import FrozenLM
+from softprompts.models.flex import flex_packed_attention
 from softprompts.models.kernels import merge, packed_attention
 from softprompts.models.label_loss import chunked_cross_entropy
-from softprompts.models.packing import attention_slots, pack
+from softprompts.models.packing import RowPlace, attention_slots, pack
 from softprompts.prompted import PromptedLM
 from softprompts.prompts import prompt_from_table
 from softprompts.types import Batch, PromptStates
@@ -121,7 +122,7 @@ def test_every_family_of_the_zoo_is_packed(tiny_frozen: Callable[[str], FrozenLM
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30))
 def test_every_token_has_one_slot(lengths: list[int]) -> None:
     firsts = [sum(lengths[:number]) for number in range(len(lengths))]
-    slots = attention_slots(list(zip(firsts, lengths, strict=True)), torch.device("cpu"))
+    slots = attention_slots([RowPlace(*place) for place in zip(firsts, lengths, strict=True)], torch.device("cpu"))
     total = sum(lengths)
     assert slots.tokens_S[slots.slot_M].tolist() == list(range(total))
     assert int((slots.pad_S1 == 0).sum()) == total == len(set(slots.slot_M.tolist()))
@@ -160,6 +161,30 @@ def test_packed_attention_equals_the_softmax(data: st.DataObject) -> None:
     torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-5)
     for ours, reference in zip(gradients, plain, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_flex_attention_sees_what_the_kernels_see(data: st.DataObject) -> None:
+    """The CUDA path, run uncompiled on the CPU (forward only: FlexAttention has no backward there)."""
+    lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=5))
+    of_row = data.draw(st.lists(st.integers(-1, 2), min_size=len(lengths), max_size=len(lengths)))
+    window = data.draw(st.none() | st.integers(1, 6))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    sizes = (3, 1, 7)
+    used = sorted({prompt for prompt in of_row if prompt >= 0})
+    embeddings = {0: torch.randn(3, 8)}  # prompt 0 is run with the text
+    states = [PromptStates(length=sizes[prompt], embeddings_PD=embeddings.get(prompt)) for prompt in used]
+    renumbered = torch.tensor([used.index(prompt) if prompt >= 0 else -1 for prompt in of_row])
+    mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
+    packing = pack(mask, states, renumbered)
+    query = torch.randn(packing.tokens, 4, 16)
+    key, value = (torch.randn(packing.tokens, 2, 16) for _ in range(2))
+    prefixes = [None if p in embeddings else (torch.randn(2, sizes[p], 16), torch.randn(2, sizes[p], 16)) for p in used]
+    got = flex_packed_attention(query, key, value, packing, prefixes, window=window)
+    expected = packed_attention(query, key, value, packing, prefixes, window=window)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def written_out(

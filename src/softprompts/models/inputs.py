@@ -67,6 +67,7 @@ def left_aligned(batch: Batch) -> Batch:
         mask_BT=batch.mask_BT.gather(1, columns_BT),
         labels_BT=None,
         prompt_of_row_B=batch.prompt_of_row_B,
+        infix_B=batch.infix_B,
     )
 
 

@@ -9,15 +9,17 @@ Shape letters: B rows, T text tokens, M packed tokens, P prompt length, D width,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from softprompts.types import LayerKey, PromptStates
 
-__all__ = ["Block", "Packing", "PromptSpan", "Slots", "attention_slots", "pack"]
+__all__ = ["Block", "Packing", "PromptSpan", "RowPlace", "Slots", "attention_slots", "pack"]
 
 _SHORTEST_SHARE = 0.7
 """Rows shorter than this share of the longest row of their block open a block of their own."""
@@ -50,6 +52,30 @@ class Slots:
     """Slot of every packed token."""
     pad_S1: Tensor
     """0 at tokens and infinity at pads; added to the log-sum-exp of the scores it takes pads out of gradients."""
+    blocks_X3: Tensor
+    """The blocks' three numbers, on the CPU, for a compiled model."""
+
+
+class RowPlace(NamedTuple):
+    """Where the tokens of one row lie in the packed row: side by side, or in two pieces."""
+
+    first: int
+    length: int
+    """At least 1."""
+    jump_at: int = 0
+    """Tokens of the first piece, where there are two."""
+    jump: int = 0
+    """Packed tokens of other rows between the two pieces."""
+
+
+class _Piece(NamedTuple):
+    """Tokens that lie side by side in the packed row and have positions that follow each other."""
+
+    row: int
+    first: int
+    """Its first token's number among the real tokens of the row."""
+    count: int
+    position: int
 
 
 @dataclass(frozen=True)
@@ -78,8 +104,12 @@ class Packing:
     """Prompts that are run together with the text, ``[P, D]`` each, in front of it."""
     slots: Slots
     spans: tuple[PromptSpan, ...]
+    spans_Y5: Tensor
+    """Start, end, prompt, and where an embedded prompt lies (or 0, 0): the spans, on the CPU, for a compiled model."""
     keys_values: Sequence[Mapping[LayerKey, tuple[Tensor, Tensor]]]
     """Per prompt in use: its keys and values ``[N, P, H]``, empty for an embedded one."""
+    block_masks: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What FlexAttention made of this packing, per kind of layer."""
 
     @property
     def tokens(self) -> int:
@@ -87,83 +117,120 @@ class Packing:
         return int(self.position_M.shape[0])
 
 
-def pack(mask_BT: Tensor, states: Sequence[PromptStates], prompt_of_row_B: Tensor) -> Packing:
+def pack(
+    mask_BT: Tensor,
+    states: Sequence[PromptStates],
+    prompt_of_row_B: Tensor,
+    start_B: Tensor | None = None,
+    held_B: Tensor | None = None,
+) -> Packing:
     """Lay the rows of a batch out one after the other, those of one prompt side by side.
 
     Embeddings in front of a causal model are not run beforehand: their tokens lead the packed row, and all rows of
     the prompt attend to the keys and values that they have there. One pass does both.
 
+    The tokens that see a prompt are neighbours, so what stands in front of an infix comes first, for all rows of that
+    prompt, and then what stands behind it.
+
     Args:
         mask_BT: 1 on real tokens, padded on either side.
         states: The prompts in use, folded or as embeddings.
         prompt_of_row_B: Index into ``states``, -1 for none.
+        start_B: Real tokens in front of each row's prompt; ``None`` for none anywhere.
+        held_B: Real tokens at the start of each row, none of them behind its prompt, that are left out because their
+            keys and values are known; ``None`` for none anywhere.
     """
     device = mask_BT.device
     lengths = mask_BT.sum(dim=1).tolist()
     prompts = prompt_of_row_B.tolist()
-    order = sorted(range(len(lengths)), key=lambda row: prompts[row])  # stable: rows of one prompt keep their order
+    starts = [0] * len(lengths) if start_B is None else start_B.tolist()
+    held = [0] * len(lengths) if held_B is None else held_B.tolist()
     embedded: list[tuple[int, int] | None] = []
     start = 0
     for state in states:
         inside = state.embeddings_PD is not None
         embedded.append((start, start + state.length) if inside else None)
         start += state.length if inside else 0
-    pieces = [(place[0], place[1] - place[0], 0) for place in embedded if place is not None]
-    spans: list[PromptSpan] = []
-    for row in order:
-        prompt = prompts[row]
-        pieces.append((start, lengths[row], states[prompt].length if prompt >= 0 else 0))
-        if prompt >= 0 and spans and spans[-1].prompt == prompt:
-            spans[-1] = PromptSpan(spans[-1].start, start + lengths[row], prompt, embedded[prompt])
-        elif prompt >= 0:
-            spans.append(PromptSpan(start, start + lengths[row], prompt, embedded[prompt]))
-        start += lengths[row]
-    position_M = torch.cat([torch.arange(first, first + length) for _, length, first in pieces]).to(device)
-    row_index, column_index = torch.nonzero(mask_BT[torch.tensor(order, device=device)], as_tuple=True)
-    index_M = torch.tensor(order, device=device)[row_index] * mask_BT.shape[1] + column_index
+    places = [RowPlace(place[0], place[1] - place[0]) for place in embedded if place is not None]
+    position_M = [torch.arange(place.length) for place in places]
+    real_X = mask_BT.flatten().nonzero()[:, 0]
+    before = [0, *itertools.accumulate(lengths)]
+    index_M, spans, first = [real_X[:0]], [], start
+    for prompt in sorted(set(prompts)):
+        rows = [row for row, own in enumerate(prompts) if own == prompt]
+        in_front = [_Piece(row, held[row], starts[row] - held[row], held[row]) for row in rows]
+        shift = states[prompt].length if prompt >= 0 else 0
+        fronts = [max(starts[row], held[row]) for row in rows]
+        behind = [_Piece(r, front, lengths[r] - front, front + shift) for r, front in zip(rows, fronts, strict=True)]
+        pieces = [piece for piece in (*in_front, *behind) if piece.count > 0]
+        index_M += [real_X[before[p.row] + p.first :][: p.count] for p in pieces]
+        position_M += [torch.arange(p.position, p.position + p.count) for p in pieces]
+        places += _places(start, pieces)
+        end = start + sum(piece.count for piece in pieces)
+        seen = sum(piece.count for piece in behind if piece.count > 0)
+        if prompt >= 0 and seen:
+            spans.append(PromptSpan(end - seen, end, prompt, embedded[prompt]))
+        start = end
     packed_of_BT = torch.zeros(mask_BT.numel(), dtype=torch.long, device=device)
-    packed_of_BT[index_M] = torch.arange(start - len(index_M), start, device=device)
+    packed_of_BT[torch.cat(index_M)] = torch.arange(first, start, device=device)
     return Packing(
-        index_M=index_M,
+        index_M=torch.cat(index_M),
         packed_of_BT=packed_of_BT.view(mask_BT.shape),
-        position_M=position_M,
+        position_M=torch.cat(position_M).to(device),
         embeddings=tuple(state.embeddings_PD for state in states if state.embeddings_PD is not None),
-        slots=attention_slots([(first, length) for first, length, _ in pieces if length], device),
-        spans=tuple(span for span in spans if span.end > span.start),
+        slots=attention_slots(places, device),
+        spans=tuple(spans),
+        spans_Y5=torch.tensor([[s.start, s.end, s.prompt, *(s.embedded or (0, 0))] for s in spans]).view(-1, 5),
         keys_values=[state.keys_values for state in states],
     )
 
 
-def attention_slots(pieces: Sequence[tuple[int, int]], device: torch.device) -> Slots:
+def _places(start: int, pieces: Sequence[_Piece]) -> list[RowPlace]:
+    """Say where each row lies whose pieces follow each other from a packed token on."""
+    places: dict[int, RowPlace] = {}
+    for piece in pieces:
+        own = places.get(piece.row)
+        if own is None:
+            places[piece.row] = RowPlace(start, piece.count)
+        else:
+            jump = start - own.first - own.length
+            places[piece.row] = RowPlace(own.first, own.length + piece.count, own.length, jump)
+        start += piece.count
+    return list(places.values())
+
+
+def attention_slots(places: Sequence[RowPlace], device: torch.device) -> Slots:
     """Group rows of similar length, so that attention pads little in few calls.
 
     Args:
-        pieces: First packed token and length (at least 1) of every row, in packed order.
+        places: Where every row lies.
         device: Where the indices are used.
     """
-    groups: list[list[tuple[int, int]]] = []
-    for piece in sorted(pieces, key=lambda piece: -piece[1]):
-        short = bool(groups) and piece[1] < _SHORTEST_SHARE * groups[-1][0][1]
+    groups: list[list[RowPlace]] = []
+    for place in sorted(places, key=lambda place: -place.length):
+        short = bool(groups) and place.length < _SHORTEST_SHARE * groups[-1][0].length
         # a single long row (a prompt of 100 tokens in front of short texts) is worth a call of its own
-        if not groups or (short and (len(groups[-1]) >= _FEWEST_ROWS_OF_A_BLOCK or piece[1] * 2 < groups[-1][0][1])):
+        if not groups or (
+            short and (len(groups[-1]) >= _FEWEST_ROWS_OF_A_BLOCK or place.length * 2 < groups[-1][0].length)
+        ):
             groups.append([])
-        groups[-1].append(piece)
+        groups[-1].append(place)
     blocks: list[Block] = []
-    firsts: list[Tensor] = []
+    rows: list[Tensor] = []
     columns: list[Tensor] = []
-    lengths: list[Tensor] = []
     first_slot = 0
     for group in groups:
-        longest = group[0][1]
+        longest = group[0].length
         blocks.append(Block(first_slot, len(group), longest))
         first_slot += len(group) * longest
-        firsts.append(torch.tensor([first for first, _ in group]).repeat_interleave(longest))
-        lengths.append(torch.tensor([length for _, length in group]).repeat_interleave(longest))
+        rows.append(torch.tensor(group).repeat_interleave(longest, dim=0))
         columns.append(torch.arange(longest).repeat(len(group)))
-    first_S, column_S, length_S = torch.cat(firsts), torch.cat(columns), torch.cat(lengths)
+    first_S, length_S, jump_at_S, jump_S = torch.cat(rows).unbind(dim=1)
+    column_S = torch.cat(columns)
     real_S = column_S < length_S
-    tokens_S = first_S + column_S * real_S
+    tokens_S = first_S + (column_S + jump_S * (column_S >= jump_at_S)) * real_S
     slot_M = torch.empty(int(real_S.sum()), dtype=torch.long)
     slot_M[tokens_S[real_S]] = torch.nonzero(real_S)[:, 0]
     pad_S1 = torch.zeros(len(tokens_S), 1).masked_fill_(~real_S[:, None], torch.inf)
-    return Slots(tuple(blocks), tokens_S.to(device), slot_M.to(device), pad_S1.to(device))
+    blocks_X3 = torch.tensor([[block.first_slot, block.rows, block.longest] for block in blocks])
+    return Slots(tuple(blocks), tokens_S.to(device), slot_M.to(device), pad_S1.to(device), blocks_X3)

@@ -99,7 +99,8 @@ def encode(
     if not ids:
         raise DataError(f"record '{example.id}' gives no tokens at all; give it an input, or the format a separator")
     decoder_ids = tuple(target) if paired and with_target else None
-    return Encoded(tuple(ids), len(ids) - len(behind), example, prompt, decoder_ids)
+    infix_at = None if paired else len(bos_ids) + len(head)
+    return Encoded(tuple(ids), len(ids) - len(behind), example, prompt, decoder_ids, infix_at)
 
 
 def _too_long(example: Example, limit: int, head: int, kept: int, target: int, on_long: str) -> str:
@@ -151,7 +152,9 @@ def collate(
     prompt_of_row_B = torch.tensor([row.prompt for row in rows])
     targets_BU = _targets(rows) if with_labels else None
     labels = labels_BT if with_labels and targets_BU is None else None
-    return Batch(ids_BT, mask_BT, labels, prompt_of_row_B, targets_BU)
+    places = [row.infix_at for row in rows if row.infix_at is not None]
+    infix_B = torch.tensor(places) if len(places) == len(rows) else None
+    return Batch(ids_BT, mask_BT, labels, prompt_of_row_B, targets_BU, infix_B)
 
 
 def _targets(rows: Sequence[Encoded]) -> torch.Tensor | None:
