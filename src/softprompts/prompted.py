@@ -9,17 +9,20 @@ Shape letters: B batch, T text tokens, P prompt length, D width, V vocabulary, M
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DynamicCache
+from transformers import Cache
 
 from softprompts.errors import PromptMismatchError
+from softprompts.models import seq2seq
 from softprompts.models.attention import Steering
 from softprompts.models.cache import DecodeState
 from softprompts.models.frozen import FrozenLM
+from softprompts.models.infix import check_seen, inlined, places_in_text, prompt_starts
 from softprompts.models.inputs import (
     check_length,
     label_positions,
@@ -27,13 +30,12 @@ from softprompts.models.inputs import (
     position_ids,
     prompt_lengths,
     prompts_in_use,
-    rows_of_prompts,
-    visible_positions,
 )
 from softprompts.models.label_loss import chunked_cross_entropy
 from softprompts.models.packing import pack
+from softprompts.models.seq2seq import Seq2SeqState
 from softprompts.prompts.base import SoftPrompt
-from softprompts.types import Batch, PromptStates
+from softprompts.types import Batch, Geometry, PromptStates
 
 __all__ = ["LabelLogits", "LabelLosses", "PromptedLM"]
 
@@ -58,8 +60,41 @@ class LabelLosses(NamedTuple):
     """Row of the batch that each position belongs to."""
 
 
+class _Rows(NamedTuple):
+    """A batch as the model reads it: infixes that are embeddings have become text of their rows."""
+
+    batch: Batch
+    words_BTD: Tensor | None
+    """Embeddings of its text, where not all of it is words."""
+    used: list[PromptStates]
+    """The prompts in use that are not text."""
+    prompt_of_row_B: Tensor
+    """Each row's index into them, -1 for none."""
+    start_B: Tensor | None
+    """Real tokens in front of each row's prompt; ``None`` where all prompts stand in front."""
+
+    @property
+    def length_B(self) -> Tensor:
+        """Positions of each row's prompt."""
+        return prompt_lengths(self.used, self.prompt_of_row_B)
+
+
+def _mismatch(number: int, made_for: Geometry, offered: Geometry) -> str:
+    if replace(made_for, prompt_scrolls=offered.prompt_scrolls) == offered:
+        words = {True: "text", False: "visible"}
+        return (
+            f"prompt {number} was trained with window '{words[made_for.prompt_scrolls]}', this model was loaded with "
+            f"window '{words[offered.prompt_scrolls]}'; load the model with the prompt's"
+        )
+    return (
+        f"prompt {number} was made for a {made_for.family} of width {made_for.width} with {len(made_for.sites)} "
+        f"layers, this model is a {offered.family} of width {offered.width} with {len(offered.sites)} layers; load the "
+        "model it was made for"
+    )
+
+
 class PromptedLM(nn.Module):
-    """K prompts on one frozen causal language model.
+    """K prompts on one frozen language model.
 
     Args:
         frozen: The model.
@@ -72,12 +107,9 @@ class PromptedLM(nn.Module):
     def __init__(self, frozen: FrozenLM, prompts: Sequence[SoftPrompt] = ()) -> None:
         super().__init__()
         for number, prompt in enumerate(prompts):
+            frozen.check_kind(prompt.kind, prompt.placement)
             if prompt.geometry != frozen.geometry:
-                raise PromptMismatchError(
-                    f"prompt {number} was made for a {prompt.geometry.family} of width {prompt.geometry.width} with "
-                    f"{len(prompt.geometry.sites)} layers, this model is a {frozen.geometry.family} of width "
-                    f"{frozen.geometry.width} with {len(frozen.geometry.sites)} layers; load the model it was made for"
-                )
+                raise PromptMismatchError(_mismatch(number, prompt.geometry, frozen.geometry))
         # Kept out of nn.Module's sight: parameters() of this module are the prompts' alone.
         self._frozen = (frozen,)
         self.prompts = nn.ModuleList(prompts)
@@ -94,34 +126,39 @@ class PromptedLM(nn.Module):
         """Compute every prompt's keys and values, with gradient. Call it once per step.
 
         Embeddings in front of a causal model do not depend on the text behind them, so they are run through the model
-        here, once, instead of once per row; loss and gradients are the same.
+        here, once, instead of once per row; loss and gradients are the same. Those of an infix do depend on the text
+        in front of them, and stay embeddings.
         """
         return [self._folded(prompt()) for prompt in self.prompts]
 
     def _folded(self, states: PromptStates) -> PromptStates:
-        if states.embeddings_PD is None:
+        if states.embeddings_PD is None or states.infix or not self.frozen.folds:
             return states
         return PromptStates(length=states.length, keys_values=self.frozen.activations(states.embeddings_PD))
 
-    def _hidden_states(
-        self, batch: Batch, steering: Steering, length_B: Tensor, cache: DynamicCache | None = None
-    ) -> Tensor:
-        """Run the text of a batch behind its prompts; ``[B, T, D]``, meaningless at pads."""
-        mask_BT = batch.mask_BT
+    def _rows(self, batch: Batch, states: Sequence[PromptStates]) -> _Rows:
+        """Find out which prompts a batch carries, and put those that are embeddings behind an input into the text."""
+        self._check_prompts(batch, len(states))
+        used, row_B = prompts_in_use(states, batch.prompt_of_row_B)
+        longer, words_BTD = inlined(batch, used, row_B, self.frozen.model.get_input_embeddings())
+        if words_BTD is not None:
+            used, row_B = prompts_in_use(states, longer.prompt_of_row_B)
+        return _Rows(longer, words_BTD, used, row_B, prompt_starts(used, row_B, longer.infix_B))
+
+    def _hidden_states(self, rows: _Rows, steering: Steering, cache: Cache | None = None) -> Tensor:
+        """Run the text of a batch with its prompts; ``[B, T, D]``, meaningless at pads."""
+        mask_BT, length_B = rows.batch.mask_BT, rows.length_B
         check_length(self.frozen.geometry, int(length_B.max()), int(mask_BT.sum(dim=1).max()))
+        if rows.start_B is not None:
+            steering.sees_BT = places_in_text(mask_BT) >= rows.start_B[:, None]
+        words = {"input_ids": rows.batch.ids_BT} if rows.words_BTD is None else {"inputs_embeds": rows.words_BTD}
         return self.frozen.hidden_states(
-            input_ids=batch.ids_BT,
+            **words,
             attention_mask=mask_BT,
-            position_ids=position_ids(mask_BT, length_B),
+            position_ids=position_ids(mask_BT, length_B, rows.start_B),
             past_key_values=cache,
             steering=steering,
         )
-
-    def _steering(self, batch: Batch, states: Sequence[PromptStates]) -> tuple[Steering, Tensor]:
-        self._check_prompts(batch, len(states))
-        used, row_B = prompts_in_use(states, batch.prompt_of_row_B)
-        steering = Steering(self.frozen.layer_of, rows_of_prompts(used, row_B), visible_positions(used, row_B))
-        return steering, prompt_lengths(used, row_B)
 
     def _check_prompts(self, batch: Batch, known: int) -> None:
         prompt_of_row_B = batch.prompt_of_row_B
@@ -159,61 +196,79 @@ class PromptedLM(nn.Module):
             LengthError: A row does not fit into the context.
             PromptMismatchError: A row asks for a prompt that is not there.
         """
-        hidden_MD, labels_M, row_M = self._label_states(batch, states)
-        if self.frozen.head_is_trained:
-            logits_MV = self.frozen.head(hidden_MD)
-            return LabelLosses(functional.cross_entropy(logits_MV, labels_M, reduction="none"), labels_M, row_M)
-        vocab_size = self.frozen.geometry.vocab_size
-        losses_M = chunked_cross_entropy(self.frozen.head, hidden_MD, labels_M, vocab_size=vocab_size)
+        with self.frozen.autocast():
+            hidden_MD, labels_M, row_M = self._label_states(batch, states)
+            if self.frozen.head_is_trained:
+                logits_MV = self.frozen.head(hidden_MD)
+                losses_M = functional.cross_entropy(logits_MV, labels_M, reduction="none")
+            else:
+                vocab_size = self.frozen.geometry.vocab_size
+                losses_M = chunked_cross_entropy(self.frozen.head, hidden_MD, labels_M, vocab_size=vocab_size)
         return LabelLosses(losses_M, labels_M, row_M)
 
     def _label_states(self, batch: Batch, states: Sequence[PromptStates] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states that predict the labels ``[M, D]``, the labels and their rows."""
-        row_M, column_M, labels_M = label_positions(batch)
-        if self.packing and self.frozen.packable:
-            return self._packed_states(batch, row_M, column_M, states), labels_M, row_M
-        steering, length_B = self._steering(batch, self.states() if states is None else states)
-        return self._hidden_states(batch, steering, length_B)[row_M, column_M], labels_M, row_M
+        if self.frozen.pair is not None:
+            states = self.states() if states is None else states
+            self._check_prompts(batch, len(states))
+            return seq2seq.label_states(self.frozen.pair, batch, states)
+        packed = self.packing and self.frozen.packable
+        if states is None and packed:
+            in_use = batch.prompt_of_row_B.unique().tolist()
+            # Only what this batch carries is computed, and embeddings in front of rows are run together with them.
+            states = [
+                prompt() if number in in_use else PromptStates(length=0) for number, prompt in enumerate(self.prompts)
+            ]
+        rows = self._rows(batch, self.states() if states is None else states)
+        row_M, column_M, labels_M = label_positions(rows.batch)
+        if rows.start_B is not None:
+            check_seen(places_in_text(rows.batch.mask_BT)[row_M, column_M], rows.start_B[row_M])
+        if packed:
+            return self._packed_states(rows, row_M, column_M), labels_M, row_M
+        steering = self.frozen.steering(rows.used, rows.prompt_of_row_B)
+        return self._hidden_states(rows, steering)[row_M, column_M], labels_M, row_M
 
-    def _packed_states(
-        self, batch: Batch, row_M: Tensor, column_M: Tensor, states: Sequence[PromptStates] | None
-    ) -> Tensor:
+    def _packed_states(self, rows: _Rows, row_M: Tensor, column_M: Tensor) -> Tensor:
         """Run all real tokens of a batch as one row, without a pad."""
-        frozen = self.frozen
-        self._check_prompts(batch, len(self.prompts) if states is None else len(states))
-        in_use = batch.prompt_of_row_B.unique().tolist()
-        # Only what this batch carries is computed; the others' places hold nothing and are dropped just below.
-        known = states or [
-            prompt() if number in in_use else PromptStates(length=0) for number, prompt in enumerate(self.prompts)
-        ]
-        used, row_B = prompts_in_use(known, batch.prompt_of_row_B)
-        packing = pack(batch.mask_BT, used, row_B)
-        length_B, text_B = prompt_lengths(used, row_B), batch.mask_BT.sum(dim=1)
+        batch, length_B, text_B = rows.batch, rows.length_B, rows.batch.mask_BT.sum(dim=1)
         longest = int((length_B + text_B).argmax())
-        check_length(frozen.geometry, int(length_B[longest]), int(text_B[longest]))
-        hidden_MD = frozen.packed_hidden_states(batch.ids_BT.flatten()[packing.index_M], packing)
+        check_length(self.frozen.geometry, int(length_B[longest]), int(text_B[longest]))
+        packing = pack(batch.mask_BT, rows.used, rows.prompt_of_row_B, rows.start_B)
+        words_MD = None if rows.words_BTD is None else rows.words_BTD.flatten(0, 1)[packing.index_M]
+        hidden_MD = self.frozen.packed_hidden_states(batch.ids_BT.flatten()[packing.index_M], packing, words_MD)
         return hidden_MD[packing.packed_of_BT[row_M, column_M]]
 
     @torch.no_grad()
-    def start(self, batch: Batch, states: Sequence[PromptStates] | None = None) -> tuple[Tensor, DecodeState]:
+    def start(
+        self, batch: Batch, states: Sequence[PromptStates] | None = None, *, width: int = 1
+    ) -> tuple[Tensor, DecodeState | Seq2SeqState]:
         """Read the inputs of a batch and predict each row's next token.
 
         Args:
             batch: Padded on either side; labels are ignored.
             states: Folded prompts; computed here if left out.
+            width: Rows that will go on from each of these (beams), as far as it is known.
 
         Returns:
             Logits ``[B, V]`` in float32 and the state to go on from.
         """
-        batch, cache = left_aligned(batch), DynamicCache()
-        steering, length_B = self._steering(batch, self.states() if states is None else states)
-        hidden_BTD = self._hidden_states(batch, steering, length_B, cache)
+        states = self.states() if states is None else states
+        self._check_prompts(batch, len(states))
+        if self.frozen.pair is not None:
+            return seq2seq.start(self.frozen.pair, batch, states)
+        rows = self._rows(left_aligned(batch), states)
+        mask_BT, columns = rows.batch.mask_BT, rows.batch.mask_BT.shape[1]
+        text_B = mask_BT.sum(dim=1)
+        if rows.start_B is not None:
+            check_seen(text_B - 1, rows.start_B)
+        steering, cache = self.frozen.decoding(rows.used, rows.prompt_of_row_B, batch.rows * width)
+        hidden_BTD = self._hidden_states(rows, steering, cache)
         steering.begin()
-        state = DecodeState(cache, batch.mask_BT, length_B + batch.mask_BT.sum(dim=1), steering)
+        state = DecodeState(cache, mask_BT, rows.length_B + text_B, steering, columns)
         return self.frozen.head(hidden_BTD[:, -1]), state
 
     @torch.no_grad()
-    def step(self, tokens_B: Tensor, state: DecodeState) -> Tensor:
+    def step(self, tokens_B: Tensor, state: DecodeState | Seq2SeqState) -> Tensor:
         """Append one token to every row.
 
         Args:
@@ -223,6 +278,8 @@ class PromptedLM(nn.Module):
         Returns:
             Logits ``[B, V]`` in float32 for the token after.
         """
+        if isinstance(state, Seq2SeqState):
+            return state.step(tokens_B)
         state.mask_BS = torch.cat([state.mask_BS, state.mask_BS.new_ones(state.rows, 1)], dim=1)
         state.steering.begin()
         hidden_B1D = self.frozen.hidden_states(

@@ -10,13 +10,14 @@ import pytest
 import torch
 import transformers
 
-from conftest import SIZES, ZOO, byte_tokenizer, tiny_model
+from conftest import ZOO, byte_tokenizer, tiny_model
 from softprompts.errors import ConfigError, DataNotFoundError, LengthError, PromptMismatchError, UnsupportedModelError
 from softprompts.models import FrozenLM
 from softprompts.models.families import TESTED_FAMILIES
 from softprompts.prompted import PromptedLM
 from softprompts.prompts import prompt_from_table
 from softprompts.types import Batch
+from zoo_decoders import DECODERS
 
 
 def batch_of(ids: list[int]) -> Batch:
@@ -115,26 +116,10 @@ def test_release_gives_the_model_back_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (
-            lambda: transformers.BloomForCausalLM(
-                transformers.BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=4)
-            ),
-            "interface",
-        ),
-        (
-            lambda: transformers.Gemma2ForCausalLM(
-                transformers.Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=16)
-            ),
-            "softcap",
-        ),
-        (
-            lambda: transformers.T5ForConditionalGeneration(
-                transformers.T5Config(vocab_size=260, d_model=32, d_ff=32, num_layers=2, num_heads=4, d_kv=8)
-            ),
-            "encoder-decoder",
-        ),
+        (DECODERS["rwkv"].build, "reads pads like text"),
+        (DECODERS["llama4"].build, "by column and not by position"),
     ],
-    ids=["bloom", "gemma2", "t5"],
+    ids=["rwkv", "llama4"],
 )
 def test_what_cannot_be_steered_is_refused(make: Callable[[], transformers.PreTrainedModel], why: str) -> None:
     model = make()
@@ -160,8 +145,8 @@ def test_load_errors_are_clear(tmp_path: Path) -> None:
         FrozenLM.load(tmp_path, dtype="float23")
     with pytest.raises(ConfigError, match="unknown device"):
         FrozenLM.load(tmp_path, device="gpu9")
-    with pytest.raises(ConfigError, match="quantization"):
-        FrozenLM.load(tmp_path, quantization="int8")
+    with pytest.raises(ConfigError, match="unknown quantization 'int3': did you mean"):
+        FrozenLM.load(tmp_path, quantization="int3")
 
 
 def test_load_round_trip(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
 
 from softprompts.models.attention import Steering
+from softprompts.models.cache_route import select_rows
+from softprompts.models.in_place import InPlaceCache
 
 __all__ = ["DecodeState"]
 
@@ -19,12 +21,14 @@ class DecodeState:
     Shape letters: B rows, S text columns so far (pads included), P prompt columns.
     """
 
-    cache: DynamicCache
+    cache: Cache
     mask_BS: Tensor
     """1 on real text tokens."""
     position_B: Tensor
     """Position of the NEXT token of each row, prompt included."""
     steering: Steering
+    input_columns: int = 0
+    """Columns of the text that was read at the start; the rest was generated."""
 
     @property
     def rows(self) -> int:
@@ -34,15 +38,24 @@ class DecodeState:
     def select(self, rows_R: Tensor) -> None:
         """Keep (and reorder, and repeat) rows: row i of the new state is row ``rows_R[i]`` of the old one.
 
-        Beam search reorders with it, finished rows are dropped with it.
+        Finished rows are dropped with it, beams are made with it.
         """
-        self.cache.batch_select_indices(rows_R)
-        self.mask_BS = self.mask_BS[rows_R]
+        self._select(rows_R, 0)
+
+    def fork(self, rows_R: Tensor) -> None:
+        """Reorder rows like :meth:`select`, where each continues a row with the same prompt and input (beam search).
+
+        Only what was generated is moved then.
+        """
+        self._select(rows_R, self.input_columns)
+
+    def _select(self, rows_R: Tensor, since: int) -> None:
+        if isinstance(self.cache, InPlaceCache):
+            self.cache.select(rows_R, since)
+        else:
+            select_rows(self.cache, rows_R)
         self.position_B = self.position_B[rows_R]
-        steering = self.steering
-        keys_values = {
-            layer: (keys if keys.shape[0] == 1 else keys[rows_R], values if values.shape[0] == 1 else values[rows_R])
-            for layer, (keys, values) in steering.keys_values.items()
-        }
-        visible = None if steering.visible_BP is None else steering.visible_BP[rows_R]
-        self.steering = Steering(steering.layer_of, keys_values, visible)
+        if since:
+            return
+        self.mask_BS = self.mask_BS[rows_R]
+        self.steering = self.steering.select(rows_R)

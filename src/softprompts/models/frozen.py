@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompts.errors import ConfigError, UnsupportedModelError
+from softprompts.errors import ConfigError, UnsupportedModelError, nearest
 from softprompts.models.attention import IMPLEMENTATION, Steering, register_attention
+from softprompts.models.causal import CausalModel
+from softprompts.models.causal_check import packs_exactly, verify_causal
 from softprompts.models.encoder_decoder import EncoderDecoder
-from softprompts.models.geometry import probe
+from softprompts.models.identity import model_fingerprint, tokenizer_fingerprint
 from softprompts.models.loading import load_pretrained
-from softprompts.models.packing import Packing, pack
+from softprompts.models.packing import Packing
+from softprompts.models.quantization import original_of
 from softprompts.models.seq2seq_check import verify_seq2seq
 from softprompts.types import LayerKey, PromptStates
 
 __all__ = ["FrozenLM"]
 
-_VOLATILE = (
-    "_attn_implementation",
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-)
 _DROPOUT_FIELDS = ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "hidden_dropout")
 
 
@@ -47,27 +38,41 @@ class FrozenLM:
         tokenizer: Its tokenizer.
         geometry: What it offers to a prompt (probed).
         name: Where it came from, for people to read.
+        training_dtype: What matrix products are computed in while gradients are wanted; ``None`` for the weights' type.
         pair: Its two halves if it is an encoder-decoder, otherwise ``None``.
+        causal: Its body and head if it is decoder-only, otherwise ``None``.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str = "") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "",
+        window: str | None = None,
+    ) -> None:
         register_attention()
         self.model = model
         self.tokenizer = tokenizer
         self.name = name or str(model.config._name_or_path or type(model).__name__)
         self._checkpointing = False
+        self.training_dtype: torch.dtype | None = None
         self._former_attention = str(model.config._attn_implementation)
         self.freeze()
         try:
-            model.set_attn_implementation(IMPLEMENTATION)
+            if model._can_set_attn_implementation():  # otherwise transformers only writes a warning
+                model.set_attn_implementation(IMPLEMENTATION)
             self.pair = EncoderDecoder(model) if model.config.is_encoder_decoder else None
+            self.causal = CausalModel(model, self._former_attention, window=window) if self.pair is None else None
             if self.pair is not None:
                 self.geometry, self.layer_of = self.pair.geometry, self.pair.layer_of
                 verify_seq2seq(self.pair, min(self.geometry.vocab_size, len(tokenizer)))
-            else:
-                self.geometry, self.layer_of = probe(model)
-                self._verify()
-            self.packable = self.pair is None and self._packs_exactly()
+            if self.causal is not None:
+                self.geometry, self.layer_of = self.causal.probed.geometry, self.causal.probed.layer_of
+                verify_causal(self.causal, min(self.geometry.vocab_size, len(tokenizer)))
+            self.packable = self.causal is not None and packs_exactly(
+                self.causal, min(self.geometry.vocab_size, len(tokenizer))
+            )
         except UnsupportedModelError:
             self.release()
             raise
@@ -84,6 +89,7 @@ class FrozenLM:
         revision: str | None = None,
         quantization: str | None = None,
         gradient_checkpointing: bool = False,
+        window: str | None = None,
     ) -> Self:
         """Load a model and its tokenizer from a directory or the hub.
 
@@ -92,26 +98,39 @@ class FrozenLM:
             dtype: ``float32``, ``bfloat16`` or ``float16``. The prompt itself is always trained in float32.
             device: ``auto`` (CUDA if there is any), ``cpu``, ``cuda``, ``cuda:1``, ...
             revision: Commit or tag on the hub.
-            quantization: Only ``None`` in this version.
+            quantization: ``int8`` or ``int4`` keeps the weights of linear layers as integers
+                (:mod:`softprompts.models.quantization`). A prompt may be used with another than it was trained with.
             gradient_checkpointing: Recompute activations in the backward pass to save memory.
+            window: Where layers have a sliding window, ``"visible"`` keeps the prompt in sight of every token and
+                ``"text"`` lets it scroll by like text; ``None`` is visible where the model allows it. A prompt works
+                with the one that it was trained with.
 
         Raises:
             DataNotFoundError: There is no such model.
             ConfigError: An option is unknown.
             UnsupportedModelError: The model cannot be steered correctly.
         """
-        if quantization is not None:
-            raise ConfigError(f"quantization '{quantization}' is not offered by this version; leave it out (null)")
-        model, tokenizer = load_pretrained(name_or_path, dtype=dtype, device=device, revision=revision)
-        frozen = cls(model, tokenizer, name=str(name_or_path))
+        if window not in (None, "visible", "text"):
+            raise ConfigError(f"unknown window '{window}': {nearest(window, ('visible', 'text'))}")
+        model, tokenizer = load_pretrained(
+            name_or_path, dtype=dtype, device=device, revision=revision, quantization=quantization
+        )
+        frozen = cls(model, tokenizer, name=str(name_or_path), window=window)
         if gradient_checkpointing:
             frozen.enable_gradient_checkpointing()
         return frozen
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str = "") -> Self:
-        """Freeze a model that is already in memory."""
-        return cls(model, tokenizer, name=name)
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "",
+        window: str | None = None,
+    ) -> Self:
+        """Freeze a model that is already in memory; ``window`` is explained in :meth:`load`."""
+        return cls(model, tokenizer, name=name, window=window)
 
     def freeze(self) -> None:
         """Switch gradients and dropout off."""
@@ -120,7 +139,8 @@ class FrozenLM:
 
     def release(self) -> PreTrainedModel:
         """Give the model back as it was handed in (its attention implementation included)."""
-        self.model.set_attn_implementation(self._former_attention)
+        if self.model.config._attn_implementation != self._former_attention:
+            self.model.set_attn_implementation(self._former_attention)
         return self.model
 
     def enable_gradient_checkpointing(self) -> None:
@@ -128,7 +148,15 @@ class FrozenLM:
 
         transformers checkpoints only modules in training mode, which also switches dropout on: so every dropout is set
         to zero first. The results stay those of eval mode.
+
+        Raises:
+            UnsupportedModelError: Prompts reach this model through its cache, which recomputing would have to drop.
         """
+        if self.causal is not None and not self.causal.probed.through_attention and self.geometry.sites:
+            raise UnsupportedModelError(
+                f"gradient checkpointing drops the cache, and prompts reach '{self.geometry.family}' through it; "
+                "train it without gradient checkpointing, with a smaller batch"
+            )
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -167,7 +195,14 @@ class FrozenLM:
     @property
     def parameter_count(self) -> int:
         """Numbers in its weights, tied ones counted once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        original = original_of(self.model)
+        return original.parameter_count if original else sum(weight.numel() for weight in self.model.parameters())
+
+    @property
+    def quantization(self) -> str | None:
+        """How its weights are kept, ``None`` for plainly."""
+        original = original_of(self.model)
+        return original.quantization if original else None
 
     @property
     def eos_id(self) -> int:
@@ -205,29 +240,15 @@ class FrozenLM:
         """Identity of config and weights, 16 hex digits.
 
         Weights are hashed as bfloat16, so that a model has one fingerprint whether it is loaded in float32 or bfloat16.
+        A quantized model has that of its original weights.
         """
-        config = {k: v for k, v in self.model.config.to_dict().items() if k not in _VOLATILE}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        tensors = sorted(self.model.named_parameters(), key=lambda item: item[0])
-        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-            for (name, tensor), part in zip(tensors, pool.map(_tensor_digest, (t for _, t in tensors)), strict=True):
-                digest.update(f"{name}{tuple(tensor.shape)}".encode())
-                digest.update(part)
-        return digest.hexdigest()[:16]
+        original = original_of(self.model)
+        return original.fingerprint if original else model_fingerprint(self.model)
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
         """Identity of the tokenizer: its vocabulary and what it makes of a few texts, 16 hex digits."""
-        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        samples = [
-            "The quick brown fox",
-            " 1984: naïve café,\n\ttabs",
-            "name : Blue Spice | area : city centre",
-            "日本語 🙂",
-        ]
-        digest = hashlib.sha256(json.dumps(vocabulary).encode())
-        digest.update(json.dumps([self.tokenizer(sample).input_ids for sample in samples]).encode())
-        return digest.hexdigest()[:16]
+        return tokenizer_fingerprint(self.tokenizer)
 
     # -- what it does ------------------------------------------------------------------------------------------------
 
@@ -284,15 +305,43 @@ class FrozenLM:
         """
         if self.pair is not None:
             return self.pair.activations(embeddings_PD)
-        captured: dict[LayerKey, tuple[Tensor, Tensor]] = {}
-        length = embeddings_PD.shape[0]
-        self.hidden_states(
-            inputs_embeds=embeddings_PD.to(self.dtype)[None],
-            attention_mask=torch.ones(1, length, dtype=torch.long, device=self.device),
-            position_ids=torch.arange(length, device=self.device)[None],
-            steering=Steering(self.layer_of, captured=captured),
-        )
-        return {layer: (keys[0], values[0]) for layer, (keys, values) in captured.items()}
+        self._set_mode()
+        return self._causal.activations(embeddings_PD)
+
+    @property
+    def folds(self) -> bool:
+        """Whether keys and values are all that an embedding prompt leaves behind, so that it is run beforehand, once.
+
+        They are not in an encoder, which reads prompt and text in both directions, nor in layers with a recurrent
+        state.
+        """
+        return self.causal is not None and not self.causal.probed.stateful
+
+    def check_kind(self, kind: str, placement: str = "prefix") -> None:
+        """Refuse a kind of prompt that this model has no place for.
+
+        Args:
+            kind: ``"embedding"`` or ``"prefix"``.
+            placement: ``"prefix"`` or ``"infix"``.
+
+        Raises:
+            UnsupportedModelError: It has none.
+        """
+        if self.causal is not None:
+            self.causal.probed.check_kind(kind, placement)
+        elif placement == "infix":
+            raise UnsupportedModelError(
+                f"'{self.geometry.family}' reads its input in an encoder and writes its output in a decoder; nothing "
+                "stands between the two, so it has no infix: set prompt.placement to prefix"
+            )
+
+    def steering(self, states: Sequence[PromptStates], prompt_of_row_B: Tensor) -> Steering:
+        """Lay out the prompts in use for a batch; see :meth:`softprompts.models.causal.CausalModel.steering`."""
+        return self._causal.steering(states, prompt_of_row_B)
+
+    def decoding(self, states: Sequence[PromptStates], prompt_of_row_B: Tensor, rows: int) -> tuple[Steering, Cache]:
+        """Lay them out for rows that go on; see :meth:`softprompts.models.causal.CausalModel.decoding`."""
+        return self._causal.decoding(states, prompt_of_row_B, rows)
 
     def hidden_states(self, *, steering: Steering, **inputs: Any) -> Tensor:
         """Run the model without its head.
@@ -305,111 +354,55 @@ class FrozenLM:
             Last hidden states ``[B, T, D]``, normalized as the head expects them.
         """
         inputs.setdefault("use_cache", inputs.get("past_key_values") is not None)
+        self._set_mode()
+        return self._causal.run(steering, **inputs)
+
+    def _set_mode(self) -> None:
+        """Switch to training mode for recomputing: transformers checkpoints in that mode only, and drops the cache."""
         checkpointing = self._checkpointing and torch.is_grad_enabled()
-        # transformers checkpoints in training mode only, and drops the cache then
         if self.model.training != checkpointing:
             self.model.train(checkpointing)
-        states: Tensor = self.model.base_model(steering=steering, **inputs).last_hidden_state
-        return states
 
-    def packed_hidden_states(self, ids_M: Tensor, packing: Packing) -> Tensor:
+    @property
+    def _causal(self) -> CausalModel:
+        assert self.causal is not None, "an encoder-decoder is run by its two halves"
+        return self.causal
+
+    def packed_hidden_states(self, ids_M: Tensor, packing: Packing, text_MD: Tensor | None = None) -> Tensor:
         """Run rows that lie one behind the other, embedded prompts in front of them.
 
         Args:
             ids_M: Text tokens in packed order, the tokens of embedded prompts not among them.
             packing: Where they lie; see :func:`softprompts.models.packing.pack`.
+            text_MD: Their embeddings, where not all of them are words.
 
         Returns:
             ``[M, D]``, the hidden states of embedded prompts in front.
         """
-        if packing.embeddings:
-            text_MD = self.model.get_input_embeddings()(ids_M)
-            prompts = [embeddings_PD.to(text_MD.dtype) for embeddings_PD in packing.embeddings]
-            tokens = {"inputs_embeds": torch.cat([*prompts, text_MD])[None]}
-        else:
-            tokens = {"input_ids": ids_M[None]}
-        # A mask of four dimensions is handed to the layers as it is; what they see is decided by the packing.
-        unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids_M.device)
-        steering = Steering(self.layer_of, packing=packing)
-        return self.hidden_states(
-            steering=steering, attention_mask=unused, position_ids=packing.position_M[None], **tokens
-        )[0]
+        self._set_mode()
+        return self._causal.run_packed(ids_M, packing, text_MD)
 
     @property
     def head_is_trained(self) -> bool:
         """Whether the weights of the head get a gradient (they do in fine-tuning, never with prompts)."""
         return any(parameter.requires_grad for parameter in self.model.get_output_embeddings().parameters())
 
+    def autocast(self) -> torch.autocast:
+        """The number type of training steps (:attr:`training_dtype`); without gradients it changes nothing."""
+        active = self.training_dtype is not None and torch.is_grad_enabled()
+        return torch.autocast(self.device.type, dtype=self.training_dtype or torch.bfloat16, enabled=active)
+
+    def compile(self) -> None:
+        """Compile the training pass; the first steps then take long. Without packed rows this changes nothing."""
+        if self.causal is not None and self.packable:
+            self.causal.compile()
+
     def head(self, hidden_MD: Tensor) -> Tensor:
         """Logits ``[M, V]`` in float32 from hidden states at any positions."""
         if self.pair is not None:
             return self.pair.head(hidden_MD)
-        logits: Tensor = self.model.get_output_embeddings()(hidden_MD).float()
-        return logits
-
-    @torch.no_grad()
-    def _packs_exactly(self) -> bool:
-        """Try whether two packed rows behind a prompt give what the model gives on prompt and row as plain text.
-
-        A model that needs more than the attention interface to tell rows apart does not, and runs on padded batches.
-        """
-        same_size = all(site.key_size == site.value_size for site in self.geometry.sites)
-        if not same_size or self.device.type != "cpu":
-            return False
-        generator = torch.Generator().manual_seed(1)
-        high = min(self.geometry.vocab_size, len(self.tokenizer))
-        prompt, *rows = (torch.randint(high, (length,), generator=generator) for length in (3, 5, 2))
-        state = PromptStates(length=3, keys_values=self.activations(self.embed(prompt.tolist())))
-        mask_BT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
-        try:
-            together_MD = self.packed_hidden_states(torch.cat(rows), pack(mask_BT, [state], torch.tensor([0, 0])))
-        except (TypeError, ValueError, RuntimeError, IndexError):
-            return False  # its forward cannot take a packed row
-        texts = [torch.cat([prompt, row])[None] for row in rows]
-        alone = [
-            self.hidden_states(
-                input_ids=text,
-                attention_mask=torch.ones_like(text),
-                position_ids=torch.arange(text.shape[1])[None],
-                steering=Steering(),
-            )[0, 3:]
-            for text in texts
-        ]
-        expected_MD = torch.cat(alone).float()
-        allowed = 1e-4 if self.dtype == torch.float32 else 0.1
-        difference = (together_MD.float() - expected_MD).abs().max() / expected_MD.abs().max().clamp(min=1e-6)
-        return bool(difference < allowed)
-
-    def _verify(self) -> None:
-        """Refuse a model in which a prefix made of a text's activations does not stand for that text."""
-        generator = torch.Generator().manual_seed(0)
-        high = min(self.geometry.vocab_size, len(self.tokenizer))
-        ids = torch.randint(high, (1, 6), generator=generator).to(self.device)
-        with torch.no_grad():
-            text = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-            whole = text.logits[0, 3:].float()
-            prefix = self.activations(self.embed(ids[0, :3].tolist()))
-            steering = Steering(self.layer_of, {layer: (k[None], v[None]) for layer, (k, v) in prefix.items()})
-            hidden = self.hidden_states(
-                input_ids=ids[:, 3:],
-                attention_mask=torch.ones_like(ids[:, 3:]),
-                position_ids=torch.arange(3, 6, device=self.device)[None],
-                steering=steering,
-            )
-            steered = self.head(hidden[0])
-        difference = float((steered - whole).abs().max() / whole.std().clamp(min=1e-6))
-        allowed = 1e-3 if self.dtype == torch.float32 else 0.3
-        if not difference <= allowed:
-            raise UnsupportedModelError(
-                f"'{self.geometry.family}' behind a prefix made of a text's own activations gives other logits than "
-                f"behind the text (difference {difference:.2g} standard deviations, allowed {allowed}); it is refused"
-            )
+        return self._causal.head(hidden_MD)
 
 
 def _is_text(piece: str) -> bool:
     return bool(piece.strip()) and "�" not in piece
-
-
-def _tensor_digest(tensor: Tensor) -> bytes:
-    plain = tensor.detach().to("cpu", torch.bfloat16).flatten().contiguous()
-    return hashlib.sha256(plain.view(torch.int16).numpy().data).digest()

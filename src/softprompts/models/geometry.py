@@ -1,102 +1,208 @@
 """What a model offers to a prompt, found by running it: config field names lie, tensors do not.
 
-Two tokens go through the model with a recording attention function and with a cache. What the function was handed and
-what the cache holds must agree, layer by layer; a model where they do not is refused.
+Two tokens go through the model with a recording attention function and with a cache. Where the attention function is
+called, prompts enter through it; layers that share the keys and values of an earlier one share its prefix, too. Where
+it is not called, but keys and values stand in the cache, prompts enter there.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from softprompts.errors import UnsupportedModelError
 from softprompts.models.attention import Seen, Steering
+from softprompts.models.cache_route import held_keys_values, is_stateful
+from softprompts.models.families import REFUSED_FAMILIES, own_windows
 from softprompts.types import Geometry, KeyValueSite, LayerKey
 
-__all__ = ["probe"]
+__all__ = ["Probed", "new_cache", "probe"]
 
 
-def probe(model: PreTrainedModel) -> tuple[Geometry, dict[nn.Module, LayerKey]]:
+@dataclass(frozen=True)
+class Probed:
+    """How prompts reach a causal model."""
+
+    geometry: Geometry
+    layer_of: dict[nn.Module, LayerKey]
+    """Number of every attention module; empty where the attention cannot be reached."""
+    through_attention: bool
+    """Whether keys and values enter through the attention interface; otherwise they enter through the cache."""
+    stateful: bool
+    """Whether layers keep a recurrent state, so that an embedding prompt cannot be folded into keys and values."""
+    takes_embeddings: bool
+    """Whether the model reads embeddings that are no rows of its vocabulary."""
+    cache_name: str
+    """What the model calls its cache."""
+    accepts: frozenset[str]
+    """Arguments that its forward knows."""
+
+    def check_kind(self, kind: str, placement: str = "prefix") -> None:
+        """Refuse a kind of prompt that the model has no place for.
+
+        Raises:
+            UnsupportedModelError: ``"prefix"`` without keys and values, ``"embedding"`` where only words are read, or
+                keys and values as an infix where they can only stand in front of everything.
+        """
+        family = self.geometry.family
+        if kind == "prefix" and placement == "infix" and self.geometry.sites:
+            if not self.through_attention:
+                raise UnsupportedModelError(
+                    f"prompts reach '{family}' through its cache, where keys and values stand in front of the whole "
+                    "text; as an infix train embeddings (prompt.kind: embedding)"
+                )
+            if self.geometry.prompt_scrolls:
+                raise UnsupportedModelError(
+                    f"'{family}' was loaded with window 'text', and keys and values between input and output have no "
+                    "place in a window; load it with window 'visible', or train embeddings (prompt.kind: embedding)"
+                )
+        if kind == "prefix" and not self.geometry.sites:
+            raise UnsupportedModelError(
+                f"no layer of '{family}' has keys and values, so there is nothing that a prefix could stand in front "
+                "of; train an embedding prompt (prompt.kind: embedding)"
+            )
+        if kind == "embedding" and not self.takes_embeddings:
+            raise UnsupportedModelError(
+                f"'{family}' reads more of a token than its embedding (each layer looks the token up again), so "
+                "embeddings that are no words cannot be its input; train a prefix (prompt.kind: prefix)"
+            )
+
+
+def probe(model: PreTrainedModel, body: nn.Module, *, window: str | None = None) -> Probed:
     """Run two tokens through ``model`` and read off the shapes.
 
     Args:
         model: A causal LM that already uses the project's attention implementation.
-
-    Returns:
-        The geometry, and the number of every attention module.
+        body: Its part that makes hidden states.
+        window: ``"visible"``, ``"text"`` or ``None`` for what the model allows; see
+            :attr:`softprompts.types.Geometry.prompt_scrolls`.
 
     Raises:
-        UnsupportedModelError: The attention does not go through the interface, or the cache disagrees with it.
+        UnsupportedModelError: Neither attention nor cache can be reached, or they disagree.
     """
     family = str(getattr(model.config, "model_type", type(model).__name__))
-    if bool(getattr(model.config, "is_encoder_decoder", False)):
+    if family in REFUSED_FAMILIES:
+        raise UnsupportedModelError(f"'{family}' cannot be steered correctly: {REFUSED_FAMILIES[family]}")
+    names = frozenset(inspect.signature(type(body).forward).parameters)
+    cache_name = next((name for name in ("past_key_values", "cache_params") if name in names), "")
+    if not cache_name:
         raise UnsupportedModelError(
-            f"'{family}' is an encoder-decoder; this version steers decoder-only models: load a causal LM instead"
+            f"'{family}' keeps its state outside of transformers' caches and reads pads like text, so rows of "
+            "different lengths could not be steered side by side; it is refused"
         )
-    embedding = model.get_input_embeddings()
-    steering = Steering(seen=[])
-    cache = DynamicCache()
-    device = next(model.parameters()).device
-    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-    with torch.no_grad():
-        try:
-            model.base_model(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                position_ids=torch.arange(2, device=device)[None],
-                past_key_values=cache,
-                use_cache=True,
-                steering=steering,
-            )
-        except (TypeError, ValueError) as error:
-            raise UnsupportedModelError(f"'{family}' refuses a prompt in its attention: {error}") from error
+    cache, steering = new_cache(model), Steering(seen=[])
+    takes_embeddings = _run(family, model, body, {cache_name: cache, "use_cache": True, "steering": steering}, names)
     assert steering.seen is not None
-    _check_against_cache(family, steering.seen, cache)
-    sites = tuple(_site(number, seen) for number, seen in enumerate(steering.seen))
-    layer_of = {seen.module: site.key for seen, site in zip(steering.seen, sites, strict=True)}
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    held, stateful = held_keys_values(cache), is_stateful(cache)
+    layer_of, sites = _numbered(family, steering.seen, len(held))
+    if not steering.seen:
+        if not held and not stateful:
+            raise UnsupportedModelError(
+                f"neither the attention nor the cache of '{family}' can be reached; it cannot be steered"
+            )
+        windows = own_windows(model.config, len(held))
+        sites = [_site(number, *pair, windows[number]) for number, pair in enumerate(held)]
+    embedding = model.get_input_embeddings()
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT
     geometry = Geometry(
         family=family,
-        width=int(embedding(ids).shape[-1]),
+        width=int(embedding(torch.zeros(1, 1, dtype=torch.long, device=model.device)).shape[-1]),
         vocab_size=_rows(embedding),
         max_positions=int(limit) if limit else None,
-        sites=sites,
+        sites=tuple(sites),
+        prompt_scrolls=_scrolls(family, sites, bool(steering.seen) and not stateful, window),
     )
-    return geometry, layer_of
+    return Probed(geometry, layer_of, bool(steering.seen), stateful, takes_embeddings, cache_name, names)
 
 
-def _site(number: int, seen: Seen) -> KeyValueSite:
+def new_cache(model: PreTrainedModel) -> Cache:
+    """An empty cache: one that keeps recurrent states where the model has any.
+
+    Otherwise no layer of it forgets what a window hides: that is left to the mask.
+    """
+    cache = DynamicCache(config=model.config)
+    return cache if is_stateful(cache) else DynamicCache()
+
+
+def _run(family: str, model: PreTrainedModel, body: nn.Module, options: dict[str, Any], names: frozenset[str]) -> bool:
+    """Run two positions; returns whether they could be embeddings that stand for no word."""
+    device = model.device
+    width = model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device=device)).shape[-1]
+    generator = torch.Generator().manual_seed(3)
+    inputs_embeds = torch.randn(1, 2, width, generator=generator).to(device, model.dtype)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    known: dict[str, Any] = {"attention_mask": torch.ones_like(ids), **options}
+    if "position_ids" in names:
+        known["position_ids"] = torch.arange(2, device=device)[None]
+    if not any(name in names for name in ("kwargs", "steering")):
+        del known["steering"]
+    with torch.no_grad():
+        try:
+            body(inputs_embeds=inputs_embeds, **known)
+        except RuntimeError as error:
+            if "inputs_embeds" not in str(error):
+                raise
+            body(input_ids=ids, **known)
+            return False
+        except (TypeError, ValueError) as error:
+            raise UnsupportedModelError(f"'{family}' refuses a prompt in its attention: {error}") from error
+    return True
+
+
+def _numbered(family: str, seen: Sequence[Seen], held: int) -> tuple[dict[nn.Module, LayerKey], list[KeyValueSite]]:
+    """Number the attention modules that have keys and values of their own; the others take those they share."""
+    if len({id(call.module) for call in seen}) != len(seen):
+        raise UnsupportedModelError(f"'{family}' runs one attention module several times; it cannot be steered")
+    layer_of: dict[nn.Module, LayerKey] = {}
+    sites: list[KeyValueSite] = []
+    owners: list[tuple[Seen, LayerKey]] = []
+    for call in seen:
+        # random inputs: equal keys are the same keys (false where shapes differ)
+        key = next((key for owner, key in owners if torch.equal(owner.keys_BNSH, call.keys_BNSH)), None)
+        if key is None:
+            site = _site(len(sites), call.keys_BNSH, call.values_BNSH, call.window)
+            key = site.key
+            sites.append(site)
+            owners.append((call, key))
+        layer_of[call.module] = key
+    if seen and held != len(sites):
+        raise UnsupportedModelError(
+            f"'{family}' keeps keys and values of {held} layers in its cache, but its attention uses those of "
+            f"{len(sites)}; a prefix would not reach every layer, so the model is refused"
+        )
+    return layer_of, sites
+
+
+def _site(number: int, keys_BNSH: Tensor, values_BNSH: Tensor, window: int | None) -> KeyValueSite:
     return KeyValueSite(
         key=LayerKey("self", number),
-        kv_heads=int(seen.keys_BNSH.shape[1]),
-        key_size=int(seen.keys_BNSH.shape[3]),
-        value_size=int(seen.values_BNSH.shape[3]),
-        window=seen.window,
+        kv_heads=int(keys_BNSH.shape[1]),
+        key_size=int(keys_BNSH.shape[3]),
+        value_size=int(values_BNSH.shape[3]),
+        window=window,
     )
+
+
+def _scrolls(family: str, sites: Sequence[KeyValueSite], can_stay: bool, window: str | None) -> bool:
+    """Whether the prompt takes part in sliding windows."""
+    if all(site.window is None for site in sites):
+        return False
+    if window == "visible" and not can_stay:
+        raise UnsupportedModelError(
+            f"'{family}' applies its sliding window itself, so a prompt cannot stay visible behind it; "
+            "load it with window 'text' (the prompt then scrolls by like text) or leave the option out"
+        )
+    return window == "text" or not can_stay
 
 
 def _rows(embedding: nn.Module) -> int:
     weight = embedding.weight
-    assert isinstance(weight, torch.Tensor)
+    assert isinstance(weight, Tensor)
     return int(weight.shape[0])
-
-
-def _check_against_cache(family: str, seen: list[Seen], cache: DynamicCache) -> None:
-    if not seen:
-        raise UnsupportedModelError(
-            f"the attention of '{family}' does not go through transformers' attention interface; it cannot be steered"
-        )
-    if len({id(call.module) for call in seen}) != len(seen):
-        raise UnsupportedModelError(f"'{family}' runs one attention module several times; it cannot be steered")
-    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
-    held = [(keys, values) for keys, values in pairs if keys is not None and values is not None]
-    agree = len(held) == len(seen) and all(
-        torch.equal(keys, call.keys_BNSH) and torch.equal(values, call.values_BNSH)  # false where shapes differ
-        for (keys, values), call in zip(held, seen, strict=True)
-    )
-    if not agree:
-        raise UnsupportedModelError(
-            f"'{family}' keeps other keys and values in its cache ({len(held)} layers) than its attention uses "
-            f"({len(seen)} calls); a prefix would not reach every layer, so the model is refused"
-        )
