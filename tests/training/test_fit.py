@@ -18,7 +18,8 @@ import torch
 
 from softprompts.config import OptimizerConfig, ScheduleConfig, TrainingConfig
 from softprompts.errors import ConfigError, DataError, DivergedError, StorageError
-from softprompts.training import Selection, StepLoss, checkpoint, fit, loop, mean_loss, read_events
+from softprompts.training import Selection, StepLoss, checkpoint, fit, mean_loss, read_events
+from softprompts.training import run as training_run
 from training import toy
 
 SGD = OptimizerConfig(name="sgd", learning_rate=0.05)
@@ -169,7 +170,7 @@ def test_settings_out_of_range_are_named(tmp_path: Path, setting: str, value: fl
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_steps", [30, loop.NOT_LEARNING_AFTER_STEPS + 30])
+@pytest.mark.parametrize("max_steps", [30, training_run.NOT_LEARNING_AFTER_STEPS + 30])
 def test_a_run_that_does_not_learn_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, max_steps: int):
     seen: list[Mapping[str, Any]] = []
     toy.train(
@@ -182,7 +183,7 @@ def test_a_run_that_does_not_learn_is_told_once(tmp_path: Path, caplog: pytest.L
         on_event=seen.append,
     )
     told = [event for event in seen if event["event"] == "not_learning"]
-    assert [event["step"] for event in told] == [min(max_steps, loop.NOT_LEARNING_AFTER_STEPS + 5)]
+    assert [event["step"] for event in told] == [min(max_steps, training_run.NOT_LEARNING_AFTER_STEPS + 5)]
     assert told[0]["loss"] == pytest.approx(sum(e["loss"] for e in seen if e["event"] == "step") / max_steps, rel=0.2)
     assert "learning_rate (now 1e-09" in told[0]["advice"]
     assert [record.levelno for record in caplog.records] == [logging.WARNING]

@@ -1,8 +1,7 @@
-"""``softprompts train RECIPE``: a prompt, or a whole model as its yardstick."""
+"""``softprompts train RECIPE``: a prompt, several prompts at once, or a whole model as their yardstick."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -17,27 +16,29 @@ from softprompts.cli.output import JsonOption, console_for, write_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from softprompts.baselines import FineTuningObjective
+    from softprompts.cli.training_runs import Plan, PreparedRun
     from softprompts.config import TrainRecipe
     from softprompts.models import FrozenLM
-    from softprompts.prompts import SoftPrompt
-    from softprompts.tasks.task import Task
-    from softprompts.training import Event, FitResult, PromptObjective, Selection
-    from softprompts.types import Encoded, Example
+    from softprompts.training import Event, FitResult, PromptObjective
 
 __all__ = ["run_recipe", "train"]
-
-_RECIPE_FILE = "recipe.yaml"
-_FREE_SECTIONS = ("output_dir", "model.device")
-"""Keys of a recipe that may differ when a run is resumed: they say where it runs, not what it does."""
-_REFERENCE_ROWS = 512
-"""Training rows on which the model without a prompt is measured where there is no dev split."""
 
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file, for example recipes/prefix_tuning/e2e.yaml.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value of the recipe; repeatable.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", metavar="N,N,...", help="One prompt per seed, trained together.")
+    ] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--vary",
+            metavar="A.B=C,D,...",
+            help="One prompt per value, trained together; repeatable: all combinations.",
+        ),
     ] = None,
     format: TemplateOption = None,
     target: TargetOption = None,
@@ -51,18 +52,23 @@ def train(
 
     The folder holds prompt/ (or model/ for a fine-tuned model), recipe.yaml with every setting, events.jsonl and the
     checkpoints. Stop with Ctrl-C at any time: the state is saved, and the same command with --resume goes on exactly.
+    Several prompts (--seeds, --vary, or the recipe's list "together") share one model and its forward passes, and each
+    gets such a folder of its own, as if it had been trained alone.
     """
-    from softprompts.config import TrainRecipe, load_recipe
+    from softprompts.config import TrainRecipe, load_recipe, varied
 
     config = load_recipe(recipe, TrainRecipe, [*template_overrides(format, target), *(set_ or [])])
+    config = varied(config, seeds, vary or [])
     if output is not None:
         config = dataclasses.replace(config, output_dir=str(output))
     console = console_for(json)
     result = run_recipe(config, resume=resume, console=console)
-    numbers = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
-    best = f"; best on dev at step {result['best_step']}: {numbers}" if numbers else ""
-    console.print(f"{result['steps']} steps in {result['seconds']:.0f} s ({result['reason']}){best}", markup=False)
-    console.print(f"saved in {result['saved']}", markup=False)
+    for name, one in result["prompts"].items() if "prompts" in result else [("", result)]:
+        numbers = "  ".join(f"{metric} {value:.4g}" for metric, value in one["metrics"].items())
+        best = f"; best on dev at step {one['best_step']}: {numbers}" if numbers else ""
+        of = f"{name}: " if name else ""
+        console.print(f"{of}{one['steps']} steps in {one['seconds']:.0f} s ({one['reason']}){best}", markup=False)
+    console.print(f"saved in {result['saved'] if 'saved' in result else result['output_dir']}", markup=False)
     write_json(json, result)
 
 
@@ -75,243 +81,97 @@ def run_recipe(config: TrainRecipe, *, resume: bool = False, console: Console | 
         console: Where progress is shown; ``None`` shows nothing.
 
     Returns:
-        What ``--json`` writes: plain data.
+        What ``--json`` writes: plain data. Of a recipe with ``together``: this per prompt, below ``prompts``.
 
     Raises:
         SoftPromptsError: Any of the errors of :mod:`softprompts.errors` that a recipe can lead to.
     """
     from softprompts.cli.loading import load_frozen
-    from softprompts.tasks import get_task
-    from softprompts.training import EncodedBatches, fit, refuse_unfinished_run, show_progress, to_tensorboard
+    from softprompts.cli.training_runs import plan, prepare, save, write_recipes
+    from softprompts.config import member_recipes
+    from softprompts.training import refuse_unfinished_run
 
-    directory = Path(config.output_dir)
-    task = get_task(config.task)
-    selection = _selection(config, task)
-    _write_recipe(config, directory, resume, lambda: refuse_unfinished_run(directory, config.training))
+    members = member_recipes(config) if config.together else {"": config}
+    plans = [plan(member, name) for name, member in members.items()]
+
+    def refuse_unfinished() -> None:
+        for one in plans:
+            refuse_unfinished_run(one.directory, one.config.training)
+
+    write_recipes([config, *(one.config for one in plans if one.name)], resume, refuse_unfinished)
     frozen = load_frozen(config.model)
-    train_rows, dev_rows, dev_inputs = _rows(config, task, frozen, selection)
-    objective = _objective(config, task, frozen)
-    _check_lengths(config, objective, [*train_rows, *dev_rows])
-    reference = _reference_loss(config, objective, dev_rows or train_rows[:_REFERENCE_ROWS])
+    runs = prepare(plans, frozen)
     if console is not None:
-        trained = sum(parameter.numel() for parameter in objective.parameters())
-        console.print(
-            f"{task.name}: {len(train_rows)} rows to train on, {len(dev_rows)} dev; {trained:,} parameters to train, "
-            f"{100 * trained / frozen.parameter_count:.3g} % of {frozen.name}; loss without them {reference:.4f}",
-            markup=False,
-        )
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(to_tensorboard(directory / "tensorboard"))]
-        if console is not None:
-            bar = show_progress(console, config.training.max_steps, score=selection.metric)
-            listeners.append(stack.enter_context(bar))
-
-        def on_event(event: Event) -> None:
-            for listener in listeners:
-                listener(event)
-
-        result = fit(
-            objective,
-            EncodedBatches(train_rows, config.training.batch_size, frozen.pad_id, config.training.seed),
-            config.training,
-            optimizer=config.optimizer,
-            schedule=config.schedule,
-            run_dir=directory,
-            validate=_validator(config, task, objective, dev_rows, dev_inputs, selection) if dev_rows else None,
-            on_event=on_event,
-            resume=resume,
-            reference_loss=reference,
-            selection=selection,
-        )
-    return _save(config, objective, frozen, result, reference)
-
-
-def _selection(config: TrainRecipe, task: Task) -> Selection:
-    """Find out which dev metric picks the best checkpoint, before anything heavy is loaded."""
-    from softprompts.errors import ConfigError
-    from softprompts.evaluation.scorers import METRICS
-    from softprompts.training import Selection
-
-    name = config.evaluation.selection or task.selection
-    if "dev" not in task.splits and config.evaluation.selection is not None:
-        raise ConfigError(
-            f"evaluation.selection is '{name}', but task '{task.name}' has no dev split to measure it on; set task.dev"
-        )
-    if name == "loss":
-        return Selection()
-    return Selection(name, maximize=METRICS.get(name).higher_is_better)
-
-
-def _write_recipe(config: TrainRecipe, directory: Path, resume: bool, refuse_unfinished: Callable[[], None]) -> None:
-    """Keep the resolved recipe beside the run, and refuse to resume a run that was made by another one."""
-    import yaml
-
-    from softprompts.config import to_dict
-    from softprompts.errors import CheckpointError, StorageError
-    from softprompts.training import changed_keys
-
-    path = directory / _RECIPE_FILE
-    if not resume:
-        refuse_unfinished()
-    elif path.exists():
-        changed = changed_keys(yaml.safe_load(path.read_text(encoding="utf-8")), to_dict(config))
-        changed = [item for item in changed if not item.startswith(_FREE_SECTIONS)]
-        if changed:
-            raise CheckpointError(
-                f"the run in '{directory}' was started with another recipe: {'; '.join(changed)}; resume with its own "
-                f"('{path}'), or train into another directory"
-            )
-    text = yaml.safe_dump(_plain(to_dict(config)), sort_keys=False, allow_unicode=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise StorageError(f"the run's recipe cannot be written to '{path}': {error.strerror or error}") from error
-
-
-def _plain(value: Any) -> Any:
-    """Turn tuples into lists: plain YAML knows no tuple."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _rows(
-    config: TrainRecipe, task: Task, frozen: FrozenLM, selection: Selection
-) -> tuple[list[Encoded], list[Encoded], list[Encoded]]:
-    """Encode the training rows, the dev rows, and the dev inputs where outputs have to be generated from them."""
-    from softprompts.cli.loading import encode_rows
-
-    prompt = -1 if config.method == "fine_tuning" else 0
-
-    def encode(examples: Sequence[Example], with_target: bool = True) -> list[Encoded]:
-        return encode_rows(examples, task, frozen, config.task, prompt=prompt, with_target=with_target)
-
-    dev = task.load("dev", config.task) if "dev" in task.splits else []
-    inputs = encode(dev[: config.evaluation.limit], with_target=False) if selection.metric != "loss" else []
-    return encode(task.load("train", config.task)), encode(dev), inputs
-
-
-def _objective(config: TrainRecipe, task: Task, frozen: FrozenLM) -> PromptObjective | FineTuningObjective:
-    """Build what is trained."""
-    from softprompts.baselines import FineTuningObjective
-    from softprompts.prompted import PromptedLM
-    from softprompts.prompts import build_prompt
-    from softprompts.storage import load_prompt
-    from softprompts.training import PromptObjective
-
-    if config.method == "fine_tuning":
-        return FineTuningObjective(frozen, config.training.loss)
-    initializer = config.prompt.initializer
-    source = None
-    if initializer.name == "prompt" and initializer.prompt is not None:
-        source = load_prompt(initializer.prompt, frozen).prompt
-    if initializer.name == "labels" and not initializer.labels:
-        initializer = dataclasses.replace(initializer, labels=task.choices)  # the task knows its class words
-    prompt_config = dataclasses.replace(config.prompt, initializer=initializer)
-    prompt = build_prompt(prompt_config, frozen, seed=config.training.seed, source=source)
-    return PromptObjective(PromptedLM(frozen, [prompt]), config.training.loss)
-
-
-def _check_lengths(
-    config: TrainRecipe, objective: PromptObjective | FineTuningObjective, rows: Sequence[Encoded]
-) -> None:
-    """Refuse rows that do not fit into the context now, and not in the middle of the run."""
-    from softprompts.models.inputs import check_length
-
-    prompted = objective.prompted
-    length = max((cast("SoftPrompt", prompt).length for prompt in prompted.prompts), default=0)
-    check_length(prompted.frozen.geometry, length, max(len(row.ids) for row in rows))
-
-
-def _reference_loss(
-    config: TrainRecipe, objective: PromptObjective | FineTuningObjective, rows: Sequence[Encoded]
-) -> float:
-    """Measure the model alone on these rows, in the unit of the training loss."""
-    from softprompts.training import in_order, mean_loss, without_prompts
-
-    batches = in_order(rows, config.training.batch_size, pad_id=objective.prompted.frozen.pad_id)
-    return mean_loss(objective, without_prompts(batches))
-
-
-def _validator(
-    config: TrainRecipe,
-    task: Task,
-    objective: PromptObjective | FineTuningObjective,
-    rows: Sequence[Encoded],
-    inputs: Sequence[Encoded],
-    selection: Selection,
-) -> Callable[[], dict[str, float]]:
-    """Make the function that measures the dev split: its loss, and the selection metric if that is another one."""
-    from softprompts.config import DecodingConfig
-    from softprompts.evaluation.evaluate import evaluate
-    from softprompts.inference import Engine
-    from softprompts.training import in_order, mean_loss
-
-    # A recipe that says nothing about decoding leaves it to the task.
-    given = config.evaluation.decoding
-    decoding = task.decoding if given == DecodingConfig() else given
-    frozen = objective.prompted.frozen
-
-    def validate() -> dict[str, float]:
-        loss = mean_loss(objective, in_order(rows, config.training.batch_size, pad_id=frozen.pad_id))
-        if not inputs:
-            return {"loss": loss}
-        engine = Engine(objective.prompted)
-        report = evaluate(engine, inputs, metrics=[selection.metric], decoding=decoding, resamples=0)
-        return {"loss": loss, selection.metric: report.metrics[selection.metric].value}
-
-    return validate
-
-
-def _save(
-    config: TrainRecipe,
-    objective: PromptObjective | FineTuningObjective,
-    frozen: FrozenLM,
-    result: FitResult,
-    reference_loss: float,
-) -> dict[str, Any]:
-    """Save what was trained and say how it went."""
-    from softprompts.baselines import FineTuningObjective
-    from softprompts.storage import save_prompt
-
-    directory = Path(config.output_dir)
-    trained = sum(parameter.numel() for parameter in objective.parameters())
-    if isinstance(objective, FineTuningObjective):
-        saved, stored = objective.save(directory / "model"), trained
-    else:
-        prompt = cast("SoftPrompt", objective.prompted.prompts[0])
-        saved = save_prompt(
-            prompt,
-            directory / "prompt",
-            frozen=frozen,
-            task=config.task.name,
-            recipe=config,
-            metrics=result.best_metrics,
-            overwrite=True,
-        )
-        stored = prompt.stored_parameters
+        _introduce(runs, frozen, console)
+    results = _fit(config, runs, resume, console)
+    saved = {run.plan.name: save(run, frozen, result) for run, result in zip(runs, results, strict=True)}
+    if not config.together:
+        return saved[""]
+    seconds, tokens = sum(result.seconds for result in results), sum(result.tokens for result in results)
     return {
         "verb": "train",
-        "method": config.method,
         "model": frozen.name,
-        "task": config.task.name,
-        "saved": str(saved),
-        "output_dir": str(directory),
-        "trained_parameters": trained,
-        "stored_parameters": stored,
-        "model_parameters": frozen.parameter_count,
-        "steps": result.steps,
-        "reason": result.reason,
-        "best_step": result.best_step,
-        "metrics": dict(result.best_metrics),
-        "reference_loss": reference_loss,
-        "last_loss": result.last_loss,
-        "tokens": result.tokens,
-        "seconds": result.seconds,
-        "tokens_per_s": result.tokens / result.seconds if result.seconds else None,
+        "output_dir": config.output_dir,
+        "prompts": saved,
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_s": tokens / seconds if seconds else None,
     }
+
+
+def _introduce(runs: Sequence[PreparedRun], frozen: FrozenLM, console: Console) -> None:
+    for run in runs:
+        rows, trained = run.rows, run.trained_parameters
+        of = f"{run.plan.name}: " if run.plan.name else ""
+        console.print(
+            f"{of}{run.plan.task.name}: {len(rows.train)} rows to train on, {len(rows.dev)} dev; {trained:,} "
+            f"parameters to train, {100 * trained / frozen.parameter_count:.3g} % of {frozen.name}; loss without them "
+            f"{rows.reference_loss:.4f}",
+            markup=False,
+        )
+
+
+def _fit(config: TrainRecipe, runs: Sequence[PreparedRun], resume: bool, console: Console | None) -> list[FitResult]:
+    """Train all runs, with their listeners."""
+    from softprompts.cli.validation import validator
+    from softprompts.training import ROWS_PER_PASS, SharedPasses, fit_together
+
+    passes = None
+    if len(runs) > 1:
+        objectives = [cast("PromptObjective", run.objective) for run in runs]
+        passes = SharedPasses(objectives, rows_per_pass=config.training.rows_per_pass or ROWS_PER_PASS)
+    with ExitStack() as stack:
+        listeners = _listeners([run.plan for run in runs], console, stack)
+        return fit_together(
+            [run.member(listener) for run, listener in zip(runs, listeners, strict=True)],
+            gradients=passes.gradients if passes is not None else None,
+            validate=validator(runs, passes),
+            resume=resume,
+        )
+
+
+def _listeners(plans: Sequence[Plan], console: Console | None, stack: ExitStack) -> list[Callable[[Event], None]]:
+    """Open TensorBoard for every run and one progress line for all of them."""
+    from softprompts.training import show_progress, show_shared_progress, to_tensorboard
+
+    shown: Callable[[str, Event], None] | None = None
+    if console is not None and len(plans) > 1:
+        steps = {one.name: one.config.training.max_steps for one in plans}
+        shown = stack.enter_context(show_shared_progress(console, steps))
+    elif console is not None:
+        alone = stack.enter_context(
+            show_progress(console, plans[0].config.training.max_steps, score=plans[0].selection.metric)
+        )
+        shown = lambda name, event: alone(event)  # noqa: E731
+
+    def listener(one: Plan) -> Callable[[Event], None]:
+        board = stack.enter_context(to_tensorboard(one.directory / "tensorboard"))
+
+        def on_event(event: Event) -> None:
+            board(event)
+            if shown is not None:
+                shown(one.name, event)
+
+        return on_event
+
+    return [listener(one) for one in plans]

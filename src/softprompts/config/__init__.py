@@ -4,7 +4,7 @@
 nearest known one and checks every type. ``to_dict`` gives the resolved recipe back; it is saved with every run.
 """
 
-from softprompts.config.reading import decode, load_recipe, override, parse_override, to_dict
+from softprompts.config.reading import decode, load_recipe, override, parse_override, replaced, to_dict
 from softprompts.config.schema import (
     DecodingConfig,
     EvaluationConfig,
@@ -19,6 +19,7 @@ from softprompts.config.schema import (
     TrainingConfig,
     TrainRecipe,
 )
+from softprompts.config.together import member_recipes, varied
 
 __all__ = [
     "DecodingConfig",
@@ -35,7 +36,10 @@ __all__ = [
     "TrainingConfig",
     "decode",
     "load_recipe",
+    "member_recipes",
     "override",
     "parse_override",
+    "replaced",
     "to_dict",
+    "varied",
 ]

@@ -20,6 +20,7 @@ __all__ = [
     "load_recipe",
     "override",
     "parse_override",
+    "replaced",
     "to_dict",
 ]
 
@@ -67,6 +68,18 @@ def override(config: C, overrides: Sequence[str]) -> C:
     mapping = to_dict(config)
     for text in overrides:
         _set(mapping, *parse_override(text, type(config)), text)
+    return decode(type(config), mapping)
+
+
+def replaced(config: C, values: Mapping[str, Any]) -> C:
+    """Return a config with other values at some dotted keys, ``{"a.b": c}``.
+
+    Raises:
+        ConfigError: A key is unknown or a value has the wrong type.
+    """
+    mapping = to_dict(config)
+    for key, value in values.items():
+        _set(mapping, key.split("."), value, f"{key}={value}")
     return decode(type(config), mapping)
 
 

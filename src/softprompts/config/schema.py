@@ -5,8 +5,9 @@ The string below a field says what it means; ``docs/reference/recipe.md`` is mad
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = [
     "DecodingConfig",
@@ -33,8 +34,13 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
     revision: str | None = None
-    quantization: str | None = None
+    quantization: Literal["int8", "int4"] | None = None
+    """Keep the weights of linear layers in 8 or 4 bits. A prompt may be used at another than it was trained at."""
     gradient_checkpointing: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the model computes in while a prompt is trained (autocast): bfloat16 where that is faster, or as given."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """Whether the model is compiled for training; takes half a minute or more, so ``auto`` does it for long runs."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +127,17 @@ class PromptConfig:
     """The soft prompt itself."""
 
     kind: Literal["prefix", "embedding"] = "prefix"
+    placement: Literal["prefix", "infix"] = "prefix"
+    """``prefix``: in front of the text, [PROMPT; x; y]. ``infix``: between input and output, [x; PROMPT; y], where the
+    first piece of the format that is no input begins (a separator, as a rule); decoder-only models."""
     length: int | None = 10
     """P. ``None`` with the initializer ``text`` means as many positions as the text has tokens."""
     reparametrization: ReparamConfig = field(default_factory=ReparamConfig)
     initializer: InitConfig = field(default_factory=InitConfig)
+    sites: tuple[Literal["encoder", "decoder", "cross"], ...] = ()
+    """For a prefix on an encoder-decoder: which attentions get one; empty means all three, as in the paper."""
+    layers: tuple[int, ...] = ()
+    """For a prefix: the layers that get one, numbered from 0 (at each site); empty means all of them."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +183,11 @@ class TrainingConfig:
     """Validations without a better dev score after which training stops; ``None``: never early."""
     checkpoint_every_steps: int = 200
     max_seconds: float | None = None
-    """Stop after so many seconds of training, validation not counted."""
+    """Stop after so many seconds of training, validation not counted; of prompts trained together each has a share."""
     seed: int = 0
+    rows_per_pass: int | None = None
+    """Rows of one forward pass where prompts are trained together; ``null`` takes the measured default (64). Fewer rows
+    need less memory; the result is the same up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -216,3 +232,6 @@ class TrainRecipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output_dir: str = "runs/default"
+    together: tuple[Mapping[str, Any], ...] = ()
+    """Several prompts in one run: per prompt the keys in which it differs from this recipe, such as
+    ``{training.seed: 1, prompt.length: 20}``, and if wanted a ``name`` for its folder below ``output_dir``."""

@@ -11,7 +11,8 @@ import dataclasses
 import os
 import pickle
 import random
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -26,9 +27,11 @@ __all__ = [
     "Checkpoints",
     "TrainState",
     "changed_keys",
+    "finish_saving_together",
     "load_state",
     "rng_state",
     "save_state",
+    "save_together",
     "seed_everything",
     "set_rng_state",
 ]
@@ -60,6 +63,8 @@ class TrainState:
     best_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     validations_since_best: int = 0
     events_bytes: int = 0
+    diverged: bool = False
+    """The loss was no finite number, and other runs went on without this one."""
 
 
 def save_state(state: Mapping[str, Any], path: Path) -> None:
@@ -175,16 +180,33 @@ class Checkpoints:
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
         self.last = directory / "last.pt"
+        self.pending = directory / "last.pending.pt"
+        """State of a save that several runs make together, until all of them have written theirs."""
         self.best = directory / "best.pt"
         self._settings = settings
 
     def clear(self) -> None:
         """Remove the checkpoints of an earlier run."""
-        self.last.unlink(missing_ok=True)
-        self.best.unlink(missing_ok=True)
+        for path in (self.last, self.pending, self.best):
+            path.unlink(missing_ok=True)
 
-    def save_last(self, state: TrainState, trained: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+    def save_last(
+        self,
+        state: TrainState,
+        trained: Mapping[str, Tensor],
+        optimizer: Optimizer,
+        *,
+        save: str = "",
+        path: Path | None = None,
+    ) -> None:
         """Save all that a resumed run needs.
+
+        Args:
+            state: How far the run is.
+            trained: Its trained parameters.
+            optimizer: With its moments.
+            save: Name of the save that several runs make together; empty for a run on its own.
+            path: Where to, instead of ``last.pt``.
 
         Raises:
             StorageError: See :func:`save_state`.
@@ -197,8 +219,9 @@ class Checkpoints:
                 "trained": dict(trained),
                 "optimizer": optimizer.state_dict(),
                 "rng": rng_state(),
+                "save": save,
             },
-            self.last,
+            path or self.last,
         )
 
     def save_best(self, state: TrainState, trained: Mapping[str, Tensor]) -> None:
@@ -246,3 +269,43 @@ class Checkpoints:
             )
         trained: dict[str, Tensor] = saved["trained"]
         return trained
+
+
+def save_together(runs: Sequence[tuple[Checkpoints, TrainState, Mapping[str, Tensor], Optimizer]]) -> None:
+    """Save several runs so that a kill at any moment leaves all of them at the same update.
+
+    Every run first writes a pending state; once all are on the disk they take the place of ``last.pt`` one after the
+    other. If the process dies in between, one ``last.pt`` of this save is the sign that the pending ones are whole, and
+    :func:`finish_saving_together` puts them in place.
+
+    Raises:
+        StorageError: See :func:`save_state`; every ``last.pt`` is as it was.
+    """
+    if len(runs) == 1:
+        ((checkpoints, state, trained, optimizer),) = runs
+        checkpoints.save_last(state, trained, optimizer)
+        return
+    save = secrets.token_hex(8)  # no random number of the run is used up
+    for checkpoints, state, trained, optimizer in runs:
+        checkpoints.save_last(state, trained, optimizer, save=save, path=checkpoints.pending)
+    for checkpoints, *_ in runs:
+        checkpoints.pending.replace(checkpoints.last)
+        _sync_directory(checkpoints.last.parent)
+
+
+def finish_saving_together(runs: Sequence[Checkpoints]) -> None:
+    """Finish a save that a kill broke off, or drop it where it had not come far enough.
+
+    Raises:
+        CheckpointError: A state is damaged.
+    """
+    if not any(run.pending.exists() for run in runs):
+        return
+    done = {load_state(run.last).get("save") for run in runs if run.last.exists()} - {"", None}
+    for run in runs:
+        if run.pending.exists():
+            if load_state(run.pending).get("save") in done:
+                run.pending.replace(run.last)
+                _sync_directory(run.last.parent)
+            else:
+                run.pending.unlink()

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, final
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from softprompts.errors import CheckpointError, DataError
-from softprompts.types import Batch
+from softprompts.types import Batch, PromptStates
 
 if TYPE_CHECKING:
     from softprompts.prompted import PromptedLM
 
-__all__ = ["Objective", "PromptObjective", "StepLoss", "batch_loss", "mean_loss", "without_prompts"]
+__all__ = [
+    "Gradients",
+    "Objective",
+    "PromptObjective",
+    "StepLoss",
+    "StepSum",
+    "batch_loss",
+    "computed_positions",
+    "mean_loss",
+    "one_by_one",
+    "without_prompts",
+]
 
 B_contra = TypeVar("B_contra", contravariant=True)
 B = TypeVar("B")
@@ -37,6 +47,22 @@ class StepLoss:
     """Units in ``total``: label tokens, or rows."""
     tokens: int
     """Real tokens that the model read, for tokens per second."""
+    positions: int = 0
+    """Text positions that the model computed for them, padding included; 0 where nobody counts."""
+
+
+@dataclass(frozen=True)
+class StepSum:
+    """What is left of the batches of one update once their gradient lies in the parameters; see :class:`StepLoss`."""
+
+    total: float
+    weight: int
+    tokens: int
+    positions: int = 0
+
+
+Gradients = Callable[[Mapping[int, Sequence[B]]], Mapping[int, StepSum]]
+"""Adds the gradient of each run's batches to its parameters: from batches by run to sums by run."""
 
 
 class Objective(Protocol[B_contra]):
@@ -63,22 +89,50 @@ class Objective(Protocol[B_contra]):
         ...
 
 
-def batch_loss(prompted: PromptedLM, batch: Batch, reduction: Literal["token_mean", "sentence_sum"]) -> StepLoss:
+@runtime_checkable
+class _Measured(Protocol[B_contra]):
+    """An objective that can measure many batches for less than one after the other."""
+
+    def losses(self, batches: Iterable[B_contra]) -> Iterator[StepLoss]: ...
+
+
+def batch_loss(
+    prompted: PromptedLM,
+    batch: Batch,
+    reduction: Literal["token_mean", "sentence_sum"],
+    states: Sequence[PromptStates] | None = None,
+) -> StepLoss:
     """Cross-entropy of a batch's labels.
 
     Both reductions sum over the label positions. ``token_mean`` divides by their number (prompt-tuning paper),
     ``sentence_sum`` by the number of rows (the official code of the prefix-tuning paper).
 
+    Args:
+        prompted: Model and prompts.
+        batch: With labels.
+        reduction: What the sum is divided by.
+        states: Of the prompts, where they were computed before.
+
     Raises:
         DataError: The batch has no label to learn.
     """
-    tokens = int(batch.mask_BT.sum())  # before the batch moves: counting on a GPU would wait for it
-    found = prompted.label_logits(batch.to(prompted.frozen.device))
+    tokens = batch.tokens  # before the batch moves: counting on a GPU would wait for it
+    found = prompted.label_losses(batch.to(prompted.frozen.device), states)
     if found.labels_M.numel() == 0:
         raise DataError("a training batch has no label: every row needs a target of at least one token")
-    total = functional.cross_entropy(found.logits_MV, found.labels_M, reduction="sum")
+    total = found.losses_M.sum()
     weight = found.labels_M.numel() if reduction == "token_mean" else batch.rows
-    return StepLoss(total=total, weight=weight, tokens=tokens)
+    return StepLoss(total=total, weight=weight, tokens=tokens, positions=computed_positions(prompted, batch, tokens))
+
+
+def computed_positions(prompted: PromptedLM, batch: Batch, tokens: int) -> int:
+    """Count the text positions that the model computes for a batch of so many real tokens.
+
+    Packed rows hold nothing else; otherwise every column of every row is computed.
+    """
+    if prompted.packing and prompted.frozen.packable:
+        return tokens
+    return batch.mask_BT.numel() + (0 if batch.targets_BU is None else batch.targets_BU.numel())
 
 
 @final
@@ -102,6 +156,12 @@ class PromptObjective:
         """Loss of one batch, with gradient to the prompts."""
         return batch_loss(self.prompted, batch, self.reduction)
 
+    def losses(self, batches: Iterable[Batch]) -> Iterator[StepLoss]:
+        """Losses of batches between which nothing is trained: the prompts are computed once for all of them."""
+        states = self.prompted.states()
+        for batch in batches:
+            yield batch_loss(self.prompted, batch, self.reduction, states)
+
     def trainable_state(self) -> dict[str, Tensor]:
         """Copy of the prompts' parameters and buffers."""
         return {name: value.detach().cpu().clone() for name, value in self.prompted.prompts.state_dict().items()}
@@ -117,6 +177,27 @@ class PromptObjective:
             ) from error
 
 
+def one_by_one(objectives: Sequence[Objective[B]]) -> Gradients[B]:
+    """Compute gradients in the plain way: each batch of each run in a pass of its own."""
+
+    def gradients(batches: Mapping[int, Sequence[B]]) -> dict[int, StepSum]:
+        return {number: _accumulated(objectives[number], own) for number, own in batches.items()}
+
+    return gradients
+
+
+def _accumulated(objective: Objective[B], batches: Iterable[B]) -> StepSum:
+    total, weight, tokens, positions = 0.0, 0, 0, 0
+    for batch in batches:
+        part = objective.loss(batch)
+        part.total.backward()
+        total += float(part.total.detach())
+        weight += part.weight
+        tokens += part.tokens
+        positions += part.positions
+    return StepSum(total, weight, tokens, positions)
+
+
 @torch.no_grad()
 def mean_loss(objective: Objective[B], batches: Iterable[B]) -> float:
     """Loss over many batches, weighted as if they were one, without gradient.
@@ -125,8 +206,8 @@ def mean_loss(objective: Objective[B], batches: Iterable[B]) -> float:
         DataError: There is no batch.
     """
     total, weight = 0.0, 0
-    for batch in batches:
-        loss = objective.loss(batch)
+    losses = objective.losses(batches) if isinstance(objective, _Measured) else map(objective.loss, batches)
+    for loss in losses:
         total += float(loss.total)
         weight += loss.weight
     if weight == 0:

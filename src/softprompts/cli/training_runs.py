@@ -1,0 +1,304 @@
+"""What ``softprompts train`` makes of a recipe: the rows and the objective of every run, and what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from softprompts.baselines import FineTuningObjective
+    from softprompts.config import TrainRecipe
+    from softprompts.models import FrozenLM
+    from softprompts.prompts import SoftPrompt
+    from softprompts.tasks.task import Task
+    from softprompts.training import Event, FitResult, Member, PromptObjective, Selection
+    from softprompts.types import Encoded, Example
+
+__all__ = ["Plan", "PreparedRun", "Rows", "plan", "prepare", "save", "write_recipes"]
+
+_RECIPE_FILE = "recipe.yaml"
+_FREE_SECTIONS = ("output_dir", "model.device", "together")
+"""Keys of a recipe that may differ when a run is resumed: they say where it runs, not what it does (what the prompts of
+a list do is in the recipe of each one's own folder)."""
+_REFERENCE_ROWS = 512
+"""Training rows on which the model without a prompt is measured where there is no dev split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What can be known of a run before anything heavy is loaded."""
+
+    name: str
+    """Of the prompt in a list; empty for a run on its own."""
+    config: TrainRecipe
+    task: Task
+    selection: Selection
+
+    @property
+    def directory(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.output_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The encoded rows of a run, and what the model alone makes of them."""
+
+    train: Sequence[Encoded]
+    dev: Sequence[Encoded]
+    inputs: Sequence[Encoded]
+    """Dev rows without targets, where outputs have to be generated from them."""
+    reference_loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedRun:
+    """A run that is ready to be trained."""
+
+    plan: Plan
+    objective: PromptObjective | FineTuningObjective
+    rows: Rows
+
+    @property
+    def trained_parameters(self) -> int:
+        """Numbers that the optimizer changes."""
+        return sum(parameter.numel() for parameter in self.objective.parameters())
+
+    def member(self, on_event: Callable[[Event], None]) -> Member[Any]:
+        """Put it in the form that the training loop takes."""
+        from softprompts.training import EncodedBatches, Member
+
+        config, frozen = self.plan.config, self.objective.prompted.frozen
+        return Member(
+            self.objective,
+            EncodedBatches(self.rows.train, config.training.batch_size, frozen.pad_id, config.training.seed),
+            config.training,
+            optimizer=config.optimizer,
+            schedule=config.schedule,
+            run_dir=self.plan.directory,
+            name=self.plan.name,
+            on_event=on_event,
+            reference_loss=self.rows.reference_loss,
+            selection=self.plan.selection,
+        )
+
+
+def plan(config: TrainRecipe, name: str = "") -> Plan:
+    """Look the task up and find out which dev metric picks the best checkpoint.
+
+    Raises:
+        ConfigError: The task or the metric is unknown, or there is nothing to measure it on.
+        MissingExtraError: The metric cannot be computed here.
+    """
+    from softprompts.errors import ConfigError, MissingExtraError
+    from softprompts.evaluation.metrics import unusable
+    from softprompts.evaluation.scorers import METRICS
+    from softprompts.tasks import get_task
+    from softprompts.training import Selection
+
+    task = get_task(config.task)
+    metric = config.evaluation.selection or task.selection
+    if "dev" not in task.splits and config.evaluation.selection is not None:
+        raise ConfigError(
+            f"evaluation.selection is '{metric}', but task '{task.name}' has no dev split to measure it on; set "
+            "task.dev"
+        )
+    if metric == "loss":
+        return Plan(name, config, task, Selection())
+    selection = Selection(metric, maximize=METRICS.get(metric).higher_is_better)
+    if (reason := unusable([metric]).get(metric)) and "dev" in task.splits:
+        raise MissingExtraError(f"metric '{metric}' cannot be computed: {reason}")
+    return Plan(name, config, task, selection)
+
+
+def write_recipes(recipes: Sequence[TrainRecipe], resume: bool, refuse_unfinished: Callable[[], None]) -> None:
+    """Keep each resolved recipe in its folder, and refuse to resume a run that was made by another one.
+
+    Raises:
+        CheckpointError: A run was started with another recipe; nothing was written.
+        ConfigError: A folder holds an unfinished run and ``resume`` is not set.
+        StorageError: A recipe cannot be written.
+    """
+    if resume:
+        for recipe in recipes:
+            _refuse_changes(recipe)
+    else:
+        refuse_unfinished()
+    for recipe in recipes:
+        _write(recipe)
+
+
+def _refuse_changes(config: TrainRecipe) -> None:
+    import yaml
+
+    from softprompts.config import to_dict
+    from softprompts.errors import CheckpointError
+    from softprompts.training import changed_keys
+
+    path = Path(config.output_dir) / _RECIPE_FILE
+    if not path.exists():
+        return
+    changed = changed_keys(yaml.safe_load(path.read_text(encoding="utf-8")), to_dict(config))
+    changed = [item for item in changed if not item.startswith(_FREE_SECTIONS)]
+    if changed:
+        raise CheckpointError(
+            f"the run in '{config.output_dir}' was started with another recipe: {'; '.join(changed)}; resume with its "
+            f"own ('{path}'), or train into another directory"
+        )
+
+
+def _write(config: TrainRecipe) -> None:
+    import yaml
+
+    from softprompts.config import to_dict
+    from softprompts.errors import StorageError
+
+    path = Path(config.output_dir) / _RECIPE_FILE
+    text = yaml.safe_dump(_plain(to_dict(config)), sort_keys=False, allow_unicode=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise StorageError(f"the run's recipe cannot be written to '{path}': {error.strerror or error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Turn tuples into lists: plain YAML knows no tuple."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def prepare(plans: Sequence[Plan], frozen: FrozenLM) -> list[PreparedRun]:
+    """Encode the rows and build what is trained; runs on the same records share the work.
+
+    Raises:
+        SoftPromptsError: What the records or the prompt's settings can lead to.
+    """
+    encoded: dict[str, tuple[list[Encoded], list[Encoded], list[Encoded]]] = {}
+    references: dict[str, float] = {}
+    runs = []
+    for one in plans:
+        config = one.config
+        measures = one.selection.metric != "loss"
+        key = repr((config.task, config.evaluation.limit, measures))
+        if key not in encoded:
+            encoded[key] = _encoded(one, frozen)
+        train, dev, inputs = encoded[key]
+        objective = _objective(one, frozen)
+        _check_lengths(objective, [*train, *dev])
+        key = repr((config.task, config.training.batch_size, config.training.loss))
+        if key not in references:
+            references[key] = _reference_loss(config, objective, dev or train[:_REFERENCE_ROWS])
+        runs.append(PreparedRun(one, objective, Rows(train, dev, inputs, references[key])))
+    return runs
+
+
+def _encoded(one: Plan, frozen: FrozenLM) -> tuple[list[Encoded], list[Encoded], list[Encoded]]:
+    """Encode the training rows, the dev rows, and the dev inputs where outputs have to be generated from them."""
+    from softprompts.cli.loading import encode_rows
+
+    config, task = one.config, one.task
+    prompt = -1 if config.method == "fine_tuning" else 0
+
+    def encode(examples: Sequence[Example], with_target: bool = True) -> list[Encoded]:
+        return encode_rows(examples, task, frozen, config.task, prompt=prompt, with_target=with_target)
+
+    dev = task.load("dev", config.task) if "dev" in task.splits else []
+    inputs = encode(dev[: config.evaluation.limit], with_target=False) if one.selection.metric != "loss" else []
+    return encode(task.load("train", config.task)), encode(dev), inputs
+
+
+def _objective(one: Plan, frozen: FrozenLM) -> PromptObjective | FineTuningObjective:
+    """Build what is trained."""
+    from softprompts.baselines import FineTuningObjective
+    from softprompts.prompted import PromptedLM
+    from softprompts.prompts import build_prompt
+    from softprompts.storage import load_prompt
+    from softprompts.training import PromptObjective
+
+    config = one.config
+    if config.method == "fine_tuning":
+        return FineTuningObjective(frozen, config.training.loss)
+    initializer = config.prompt.initializer
+    source = None
+    if initializer.name == "prompt" and initializer.prompt is not None:
+        source = load_prompt(initializer.prompt, frozen).prompt
+    if initializer.name == "labels" and not initializer.labels:
+        initializer = dataclasses.replace(initializer, labels=one.task.choices)  # the task knows its class words
+    prompt_config = dataclasses.replace(config.prompt, initializer=initializer)
+    prompt = build_prompt(prompt_config, frozen, seed=config.training.seed, source=source)
+    return PromptObjective(PromptedLM(frozen, [prompt]), config.training.loss)
+
+
+def _check_lengths(objective: PromptObjective | FineTuningObjective, rows: Sequence[Encoded]) -> None:
+    """Refuse rows that do not fit into the context now, and not in the middle of the run."""
+    from softprompts.models.inputs import check_length
+
+    prompted = objective.prompted
+    length = max((cast("SoftPrompt", prompt).length for prompt in prompted.prompts), default=0)
+    check_length(prompted.frozen.geometry, length, max(len(row.ids) for row in rows))
+
+
+def _reference_loss(
+    config: TrainRecipe, objective: PromptObjective | FineTuningObjective, rows: Sequence[Encoded]
+) -> float:
+    """Measure the model alone on these rows, in the unit of the training loss."""
+    from softprompts.training import in_order, mean_loss, without_prompts
+
+    batches = in_order(rows, config.training.batch_size, pad_id=objective.prompted.frozen.pad_id)
+    return mean_loss(objective, without_prompts(batches))
+
+
+def save(run: PreparedRun, frozen: FrozenLM, result: FitResult) -> dict[str, Any]:
+    """Save what was trained and say how it went.
+
+    A run that diverged, while others went on, leaves its best prompt on dev; where it has none, nothing is saved.
+    """
+    from softprompts.baselines import FineTuningObjective
+    from softprompts.storage import save_prompt
+
+    config, objective, directory = run.plan.config, run.objective, run.plan.directory
+    saved: Path | None = None
+    if isinstance(objective, FineTuningObjective):
+        saved, stored = objective.save(directory / "model"), run.trained_parameters
+    else:
+        prompt = cast("SoftPrompt", objective.prompted.prompts[0])
+        stored = prompt.stored_parameters
+        if result.reason != "diverged" or result.best_step:
+            saved = save_prompt(
+                prompt,
+                directory / "prompt",
+                frozen=frozen,
+                task=config.task.name,
+                recipe=config,
+                metrics=result.best_metrics,
+                overwrite=True,
+            )
+    return {
+        "verb": "train",
+        "method": config.method,
+        "model": frozen.name,
+        "task": config.task.name,
+        "saved": str(saved) if saved else None,
+        "output_dir": str(directory),
+        "trained_parameters": run.trained_parameters,
+        "stored_parameters": stored,
+        "model_parameters": frozen.parameter_count,
+        "steps": result.steps,
+        "reason": result.reason,
+        "best_step": result.best_step,
+        "metrics": dict(result.best_metrics),
+        "reference_loss": run.rows.reference_loss,
+        "last_loss": result.last_loss,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "tokens_per_s": result.tokens / result.seconds if result.seconds else None,
+    }
