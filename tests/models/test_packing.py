@@ -259,3 +259,42 @@ def test_chunks_bound_the_memory_of_the_logits() -> None:
     chunked_cross_entropy(head, hidden, labels, vocab_size=1000, chunk_logits=8000).sum().backward()
     assert largest == 8000
     assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+def test_training_in_bfloat16_is_close_to_float32(family: str, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+    frozen = FrozenLM.from_model(tiny_model(family), tokenizer)
+    batch = batch_of(LENGTHS, OF_ROW)
+    losses, gradients = losses_and_gradients(prompted_lm(frozen, packing=True), batch)
+    frozen.training_dtype = torch.bfloat16
+    rough, rough_gradients = losses_and_gradients(prompted_lm(frozen, packing=True), batch)
+    assert rough.dtype == torch.float32
+    assert not torch.equal(rough, losses)  # it did compute otherwise
+    torch.testing.assert_close(rough, losses, rtol=3e-2, atol=5e-2)
+    for ours, plain in zip(rough_gradients, gradients, strict=True):
+        assert ours.dtype == torch.float32
+        assert float((ours - plain).norm() / plain.norm()) < 5e-2
+    with torch.no_grad():  # measuring keeps the weights' type
+        exact = prompted_lm(frozen, packing=True).label_losses(batch).losses_M
+    torch.testing.assert_close(exact, losses, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of the compiler itself
+def test_compiled_training_equals_eager(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+    """No graph break, and no graph for every new length of the packed row."""
+    frozen = FrozenLM.from_model(tiny_model("llama"), tokenizer)
+    batches = [batch_of(LENGTHS[:rows], OF_ROW[:rows]) for rows in (8, 7, 6, 8, 5)]
+    expected = [losses_and_gradients(prompted_lm(frozen, packing=True), batch) for batch in batches]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    frozen.compile()
+    for batch, (losses, gradients) in zip(batches, expected, strict=True):
+        compiled, compiled_gradients = losses_and_gradients(prompted_lm(frozen, packing=True), batch)
+        torch.testing.assert_close(compiled, losses, rtol=1e-5, atol=1e-5)
+        for ours, plain in zip(compiled_gradients, gradients, strict=True):
+            assert (ours is None) == (plain is None)
+            if ours is not None:
+                assert float((ours - plain).norm() / plain.norm()) < 1e-4
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6

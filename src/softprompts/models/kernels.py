@@ -19,7 +19,7 @@ from torch import Tensor
 
 from softprompts.models.packing import Block, Packing, PromptSpan, Slots
 
-__all__ = ["Layout", "Shape", "attention_backward", "attention_forward", "merge", "packed_attention"]
+__all__ = ["Layout", "Shape", "attention_backward", "attention_forward", "merge", "packed_attention", "seen_spans"]
 
 
 class Layout(NamedTuple):
@@ -39,13 +39,19 @@ class Shape(NamedTuple):
     groups: int
     """Attention heads per KV head."""
 
+    @classmethod
+    def of(cls, query_MAH: Tensor, key_MNH: Tensor, scale: float | None, window: int | None) -> Shape:
+        """Read it off queries and keys."""
+        scale = scale if scale is not None else query_MAH.shape[-1] ** -0.5
+        return cls(scale, window, query_MAH.shape[1] // key_MNH.shape[1])
+
 
 def packed_attention(
     query_MAH: Tensor,
     key_MNH: Tensor,
     value_MNH: Tensor,
     packing: Packing,
-    prefixes: list[tuple[Tensor, Tensor] | None],
+    prefixes: Sequence[tuple[Tensor, Tensor] | None],
     *,
     scale: float | None = None,
     window: int | None = None,
@@ -65,13 +71,15 @@ def packed_attention(
     Returns:
         ``[M, A, H]``.
     """
-    shape = Shape(
-        scale if scale is not None else query_MAH.shape[-1] ** -0.5, window, query_MAH.shape[1] // key_MNH.shape[1]
-    )
-    spans = tuple(span for span in packing.spans if span.embedded is not None or prefixes[span.prompt] is not None)
+    shape = Shape.of(query_MAH, key_MNH, scale, window)
+    layout = Layout(packing.slots, seen_spans(packing, prefixes))
     flat = [tensor for prefix in prefixes if prefix is not None for tensor in prefix]
-    layout = Layout(packing.slots, spans)
     return cast(Tensor, _PackedAttention.apply(layout, shape, query_MAH, key_MNH, value_MNH, *flat))  # type: ignore[no-untyped-call]
+
+
+def seen_spans(packing: Packing, prefixes: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[PromptSpan, ...]:
+    """The spans whose prompt is embedded or has keys and values in this layer."""
+    return tuple(span for span in packing.spans if span.embedded is not None or prefixes[span.prompt] is not None)
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
