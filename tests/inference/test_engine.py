@@ -162,7 +162,9 @@ def test_rows_are_batched_by_length_and_returned_in_order(pair, monkeypatch):
     frozen, _ = pair
     prompted = PromptedLM(frozen)
     plain, shapes, ready = prompted.start, [], []
-    monkeypatch.setattr(prompted, "start", lambda b, s: (shapes.append(tuple(b.ids_BT.shape)), plain(b, s))[1])
+    monkeypatch.setattr(
+        prompted, "start", lambda b, s, **k: (shapes.append(tuple(b.ids_BT.shape)), plain(b, s, **k))[1]
+    )
     texts = ["x" * n for n in (1, 30, 2, 29, 3, 28)]
     config = DecodingConfig(max_new_tokens=3, batch_size=3)
     Engine(prompted).generate(rows_of(frozen, texts), config, on_progress=ready.append)
@@ -194,7 +196,7 @@ def test_what_cannot_run_is_refused_before_anything_runs(pair, monkeypatch):
     limit = frozen.geometry.max_positions
     short, long, longer = rows_of(frozen, ["x", "x" * (limit - 30), "x" * (limit - 29)], prompt=0)
     assert len(engine.generate([long], config)) == 1
-    monkeypatch.setattr(prompted, "start", lambda *_: pytest.fail("something ran"))
+    monkeypatch.setattr(prompted, "start", lambda *_, **__: pytest.fail("something ran"))
     with pytest.raises(LengthError, match=rf"row 1 needs {limit + 1} positions: prompt 10 .* the model has {limit}"):
         engine.generate([short, longer], config)
     with pytest.raises(LengthError, match="no input tokens"):

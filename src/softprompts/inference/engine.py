@@ -22,6 +22,7 @@ from softprompts.inference.sampling import (
     banned_sequences,
     check_decoding,
 )
+from softprompts.models.seq2seq import check_room
 from softprompts.prompted import PromptedLM
 from softprompts.prompts import SoftPrompt
 from softprompts.tasks.encode import collate
@@ -108,17 +109,18 @@ class Engine:
         """Decode one batch, yielding every request as soon as it is done; the batch shrinks as they leave."""
         inputs = [_without_target(rows[request]) for request in requests]
         batch = collate(inputs, pad_id=self.frozen.pad_id, padding_side="left", with_labels=False)
-        logits_RV, state = self.prompted.start(batch.to(self.frozen.device), states)
-        device = logits_RV.device
+        device = self.frozen.device
+        search = self._search(requests, decoding, seed, device)
+        logits_RV, state = self.prompted.start(batch.to(device), states, width=search.width)
         constraints = Constraints(
-            [row.ids for row in inputs],
+            # bans look back over the text that is continued; a decoder of its own begins a new one
+            [row.ids if self.frozen.pair is None else () for row in inputs],
             banned=banned,
             eos_id=self.frozen.eos_id,
             min_new_tokens=decoding.min_new_tokens,
             vocab_size=logits_RV.shape[-1],
             device=device,
         )
-        search = self._search(requests, decoding, seed, device)
         if search.width > 1:
             rows_R = torch.arange(len(requests), device=device).repeat_interleave(search.width)
             logits_RV = logits_RV[rows_R]
@@ -129,8 +131,10 @@ class Engine:
             yield from step.closed
             if not len(step.tokens_R):
                 return
-            if search.width > 1 or step.closed:
+            if step.closed:
                 state.select(step.parents_R)
+            elif search.width > 1:
+                state.fork(step.parents_R)
             constraints.follow(step.parents_R, step.tokens_R)
             logits_RV = self.prompted.step(step.tokens_R, state)
 
@@ -158,6 +162,11 @@ class Engine:
             if row.target_start == 0:
                 raise LengthError(f"{name} has no input tokens, so there is nothing to continue; give it some text")
             prompt = lengths[row.prompt] if row.prompt >= 0 else 0
+            if self.frozen.pair is not None:
+                in_front = row.prompt >= 0 and cast(SoftPrompt, self.prompted.prompts[row.prompt]).kind == "embedding"
+                text, new = row.target_start, decoding.max_new_tokens
+                check_room(self.frozen.pair, prompt if in_front else 0, text, new, name=name)
+                continue
             total = prompt + row.target_start + decoding.max_new_tokens
             if limit is not None and total > limit:
                 raise LengthError(
@@ -173,4 +182,6 @@ def _schedule(rows: Sequence[Encoded], batch_size: int) -> list[list[int]]:
 
 
 def _without_target(row: Encoded) -> Encoded:
+    if row.decoder_ids is not None:
+        return replace(row, decoder_ids=None)
     return row if row.target_start == len(row.ids) else replace(row, ids=row.ids[: row.target_start])
