@@ -13,11 +13,13 @@ Shape letters: B batch, T text tokens, P prompt length, N KV heads, H head size,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 from transformers import Cache, PreTrainedModel
 
 from softprompts.errors import UnsupportedModelError
@@ -35,6 +37,8 @@ from softprompts.models.packing import Packing
 from softprompts.types import LayerKey, PromptStates
 
 __all__ = ["CausalModel"]
+
+_log = logging.getLogger(__name__)
 
 
 class CausalModel:
@@ -188,9 +192,14 @@ class CausalModel:
             inputs["steering"] = steering
         elif not probed.geometry.sites and cache is not None and cache.has_previous_state():
             inputs["attention_mask"] = None  # without keys, what comes later is all new, and none of it is a pad
-        train = steering.packing is not None and torch.is_grad_enabled()
-        body = self._compiled if train and self._compiled is not None else self.body
-        states: Tensor = body(**inputs).last_hidden_state
+        if self._compiled is not None and steering.packing is not None and torch.is_grad_enabled():
+            try:
+                compiled: Tensor = self._compiled(**inputs).last_hidden_state
+                return compiled
+            except (BackendCompilerFailed, InternalTorchDynamoError) as error:  # no compiler on this machine, say
+                self._compiled = None
+                _log.warning("training goes on without compilation: %s", str(error).splitlines()[0])
+        states: Tensor = self.body(**inputs).last_hidden_state
         return states
 
     @property

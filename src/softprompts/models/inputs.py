@@ -36,7 +36,7 @@ def prompt_lengths(states: Sequence[PromptStates], prompt_of_row_B: Tensor) -> T
     return lengths_K[prompt_of_row_B]  # index -1 is the 0 at the end
 
 
-def position_ids(mask_BT: Tensor, length_B: Tensor) -> Tensor:
+def position_ids(mask_BT: Tensor, length_B: Tensor, start_B: Tensor | None = None) -> Tensor:
     """Positions from the mask: the first real token of a row stands right behind its prompt.
 
     Pads get the position of the first token; nobody attends to them. GPT-2 counts like this in the prefix-tuning code
@@ -45,11 +45,15 @@ def position_ids(mask_BT: Tensor, length_B: Tensor) -> Tensor:
     Args:
         mask_BT: 1 on real tokens, either side padded.
         length_B: Prompt length of each row.
+        start_B: Real tokens in front of each row's prompt, which count as if there were none; ``None`` for none.
 
     Returns:
         ``[B, T]``, int64.
     """
-    return (mask_BT.long().cumsum(dim=1) - 1).clamp(min=0) + length_B[:, None]
+    place_BT = (mask_BT.long().cumsum(dim=1) - 1).clamp(min=0)
+    if start_B is None:
+        return place_BT + length_B[:, None]
+    return place_BT + length_B[:, None] * (place_BT >= start_B[:, None])
 
 
 def left_aligned(batch: Batch) -> Batch:

@@ -26,6 +26,7 @@ class SoftPrompt(nn.Module, abc.ABC):
         parametrization: Module whose ``forward()`` gives the table ``[P, W]``; its parameters are what is trained.
         length: P.
         layers: Where a prefix lives, if not in every layer of the model.
+        placement: ``"prefix"``: in front of the text; ``"infix"``: between the input and the output.
 
     Attributes:
         kind: ``"embedding"`` or ``"prefix"``.
@@ -39,11 +40,13 @@ class SoftPrompt(nn.Module, abc.ABC):
         parametrization: nn.Module,
         length: int,
         layers: Collection[LayerKey] | None = None,
+        placement: str = "prefix",
     ) -> None:
         super().__init__()
         self.geometry = geometry
         self.parametrization = parametrization
         self.length = length
+        self.placement = placement
         # all layers by name are the same as no choice at all
         chosen = None if layers is None else tuple(site.key for site in geometry.reached(layers))
         self.layers = None if chosen is None or len(chosen) == len(geometry.sites) else chosen
@@ -69,7 +72,12 @@ class SoftPrompt(nn.Module, abc.ABC):
 
     def fold(self) -> Self:
         """Drop the reparametrization: the same prompt with its table as the only parameter."""
-        return type(self)(self.geometry, Direct(self.table_PW), self.length, self.layers)
+        return type(self)(self.geometry, Direct(self.table_PW), self.length, self.layers, self.placement)
+
+    @property
+    def is_infix(self) -> bool:
+        """Whether it stands between the input and the output of a row."""
+        return self.placement == "infix"
 
     @property
     def trained_parameters(self) -> int:

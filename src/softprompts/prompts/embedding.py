@@ -27,4 +27,4 @@ class EmbeddingPrompt(SoftPrompt):
 
     def forward(self) -> PromptStates:
         """Return ``embeddings_PD``."""
-        return PromptStates(length=self.length, embeddings_PD=self.table())
+        return PromptStates(length=self.length, embeddings_PD=self.table(), infix=self.is_infix)

@@ -192,7 +192,7 @@ def build_prompt(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parametrization = build_parametrization(config.reparametrization, start_PW, geometry.width, parts)
-    return KINDS[config.kind](geometry, parametrization, length, layers)
+    return KINDS[config.kind](geometry, parametrization, length, layers, config.placement)
 
 
 def _chosen_layers(config: PromptConfig, geometry: Geometry) -> tuple[LayerKey, ...] | None:
@@ -207,7 +207,11 @@ def _chosen_layers(config: PromptConfig, geometry: Geometry) -> tuple[LayerKey, 
 
 
 def prompt_from_table(
-    kind: str, geometry: Geometry, table_PW: Tensor, layers: Collection[LayerKey] | None = None
+    kind: str,
+    geometry: Geometry,
+    table_PW: Tensor,
+    layers: Collection[LayerKey] | None = None,
+    placement: str = "prefix",
 ) -> SoftPrompt:
     """Make a folded prompt from its table ``[P, W]``, a prefix on all layers or on those given.
 
@@ -217,4 +221,4 @@ def prompt_from_table(
     expected = KINDS[kind].row_width(geometry, layers)
     if table_PW.ndim != 2 or table_PW.shape[1] != expected:
         raise LengthError(f"a table of shape {tuple(table_PW.shape)} is no {kind} prompt, expected [P, {expected}]")
-    return KINDS[kind](geometry, Direct(table_PW), table_PW.shape[0], layers)
+    return KINDS[kind](geometry, Direct(table_PW), table_PW.shape[0], layers, placement)

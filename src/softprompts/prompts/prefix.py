@@ -31,7 +31,8 @@ class PrefixPrompt(SoftPrompt):
 
     def forward(self) -> PromptStates:
         """Return keys and values per layer, ``[N, P, H]``."""
-        return PromptStates(length=self.length, keys_values=unflatten_states(self.geometry, self.table(), self.layers))
+        keys_values = unflatten_states(self.geometry, self.table(), self.layers)
+        return PromptStates(length=self.length, keys_values=keys_values, infix=self.is_infix)
 
 
 def unflatten_states(
