@@ -298,3 +298,20 @@ def test_compiled_training_equals_eager(tokenizer: transformers.PreTrainedTokeni
                 assert float((ours - plain).norm() / plain.norm()) < 1e-4
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+
+
+def test_without_a_compiler_training_goes_on(
+    tokenizer: transformers.PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch._dynamo.exc import TorchDynamoException
+
+    def fails(**inputs: object) -> None:
+        raise TorchDynamoException("no C++ compiler found")
+
+    frozen = FrozenLM.from_model(tiny_model("gpt2"), tokenizer)
+    expected, _ = losses_and_gradients(prompted_lm(frozen, packing=True), batch_of(LENGTHS, OF_ROW))
+    monkeypatch.setattr(torch, "compile", lambda body, **options: fails)
+    frozen.compile()
+    losses, _ = losses_and_gradients(prompted_lm(frozen, packing=True), batch_of(LENGTHS, OF_ROW))
+    torch.testing.assert_close(losses, expected)
+    assert "no C++ compiler found" in caplog.text

@@ -62,6 +62,7 @@ def load_frozen(config: ModelConfig) -> FrozenLM:
     from transformers.utils import logging
 
     from softprompts.models import FrozenLM
+    from softprompts.models.precision import training_dtype
 
     logging.disable_progress_bar()  # a bar for loading weights would stand between the verb's own lines
     frozen = FrozenLM.load(
@@ -72,6 +73,7 @@ def load_frozen(config: ModelConfig) -> FrozenLM:
         quantization=config.quantization,
         gradient_checkpointing=config.gradient_checkpointing,
     )
+    frozen.training_dtype = training_dtype(config.precision, frozen.device, frozen.geometry.width)
     # A folder differs from machine to machine; what people call the model, or its name on the hub, does not.
     is_folder = Path(config.name_or_path).is_dir() and config.name_or_path != BUNDLED
     frozen.name = Path(config.name_or_path).resolve().name if is_folder else config.name_or_path

@@ -100,6 +100,8 @@ def run_recipe(config: TrainRecipe, *, resume: bool = False, console: Console | 
 
     write_recipes([config, *(one.config for one in plans if one.name)], resume, refuse_unfinished)
     frozen = load_frozen(config.model)
+    if _is_compiled(config, frozen):
+        frozen.compile()
     runs = prepare(plans, frozen)
     if console is not None:
         _introduce(runs, frozen, console)
@@ -117,6 +119,14 @@ def run_recipe(config: TrainRecipe, *, resume: bool = False, console: Console | 
         "tokens": tokens,
         "tokens_per_s": tokens / seconds if seconds else None,
     }
+
+
+def _is_compiled(config: TrainRecipe, frozen: FrozenLM) -> bool:
+    from softprompts.models.precision import worth_compiling
+
+    if config.model.compile != "auto":
+        return config.model.compile == "yes"
+    return worth_compiling(frozen.device, frozen.training_dtype, config.training.max_steps)
 
 
 def _introduce(runs: Sequence[PreparedRun], frozen: FrozenLM, console: Console) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 from transformers import Cache, PreTrainedModel
 
 from softprompts.errors import UnsupportedModelError
@@ -196,7 +195,10 @@ class CausalModel:
             try:
                 compiled: Tensor = self._compiled(**inputs).last_hidden_state
                 return compiled
-            except (BackendCompilerFailed, InternalTorchDynamoError) as error:  # no compiler on this machine, say
+            except RuntimeError as error:
+                # Named by its module, because importing that takes a second: no compiler on this machine, say.
+                if type(error).__module__ != "torch._dynamo.exc":
+                    raise
                 self._compiled = None
                 _log.warning("training goes on without compilation: %s", str(error).splitlines()[0])
         states: Tensor = self.body(**inputs).last_hidden_state
