@@ -29,6 +29,7 @@ class Identity:
     fingerprint: str = "0123456789abcdef"
     tokenizer_fingerprint: str = "fedcba9876543210"
     geometry: Geometry = GEOMETRY
+    quantization: str | None = None
 
 
 @pytest.fixture

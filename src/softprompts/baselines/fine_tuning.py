@@ -11,7 +11,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from softprompts.errors import CheckpointError, StorageError
+from softprompts.errors import CheckpointError, ConfigError, StorageError
 from softprompts.models import FrozenLM
 from softprompts.prompted import PromptedLM
 from softprompts.training import StepLoss, batch_loss, without_prompts
@@ -29,9 +29,17 @@ class FineTuningObjective:
     Args:
         frozen: The model to start from, in float32.
         reduction: How token losses become one number; see :func:`softprompts.training.batch_loss`.
+
+    Raises:
+        ConfigError: The weights are quantized, so that most of them cannot be trained.
     """
 
     def __init__(self, frozen: FrozenLM, reduction: Literal["token_mean", "sentence_sum"] = "token_mean") -> None:
+        if frozen.quantization is not None:
+            raise ConfigError(
+                f"the weights of '{frozen.name}' are kept in {frozen.quantization} and cannot be trained; fine-tune it "
+                "with model.quantization: null, or train a prompt"
+            )
         self.tuned = FrozenLM.from_model(copy.deepcopy(frozen.model), frozen.tokenizer, name=f"{frozen.name}-tuned")
         self.tuned.model.requires_grad_(True)
         self.prompted = PromptedLM(self.tuned, [])

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from softprompts.errors import ConfigError, DataNotFoundError, UnsupportedModelError, nearest
+from softprompts.models.quantization import check_quantization, quantize_weights
 
 __all__ = ["load_pretrained"]
 
@@ -23,7 +24,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def load_pretrained(
-    name_or_path: str | Path, *, dtype: str, device: str, revision: str | None = None
+    name_or_path: str | Path, *, dtype: str, device: str, revision: str | None = None, quantization: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a decoder-only model or an encoder-decoder, whichever its config says.
 
@@ -32,6 +33,7 @@ def load_pretrained(
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         device: ``auto`` (CUDA if there is any), ``cpu``, ``cuda``, ``cuda:1``, ...
         revision: Commit or tag on the hub.
+        quantization: ``int8``, ``int4`` or ``None``; done before the weights go to a GPU.
 
     Raises:
         DataNotFoundError: There is no such model.
@@ -40,6 +42,7 @@ def load_pretrained(
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"unknown dtype '{dtype}': {nearest(dtype, _DTYPES)}")
+    kind_of_weights = check_quantization(quantization)
     place = _device(device)
     try:
         # low-level loaders raise OSError for a missing directory, a missing file and an unreachable hub alike
@@ -55,6 +58,8 @@ def load_pretrained(
         ) from error
     except ValueError as error:
         raise UnsupportedModelError(f"'{name_or_path}' is no language model that can be loaded: {error}") from error
+    if kind_of_weights is not None:
+        quantize_weights(model, kind_of_weights)
     nn.Module.to(model, place)
     return model, tokenizer
 

@@ -16,8 +16,8 @@ from typing import Any, Literal, NoReturn
 
 from softprompts.config import decode, to_dict
 from softprompts.errors import ArtifactError, ConfigError
-from softprompts.storage.shapes import GeometryJson, geometry_from_json, geometry_to_json
-from softprompts.types import Geometry, MetricValue
+from softprompts.storage.shapes import GeometryJson, geometry_from_json, geometry_to_json, layers_from_json
+from softprompts.types import Geometry, LayerKey, MetricValue
 
 __all__ = [
     "FORMAT",
@@ -62,7 +62,10 @@ class ModelIdentity:
 
     name: str
     fingerprint: str
+    """Of the weights before they were quantized: a prompt belongs to them however they are kept."""
     tokenizer_fingerprint: str
+    quantization: str | None = None
+    """How they were kept when the prompt was made; ``None``: plainly."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ class PromptInfo:
     model: ModelIdentity
     origin: Origin
     tensors: TensorFile
+    layers: tuple[LayerKey, ...] | None = None
+    """Those that a prefix reaches; ``None`` for all of them."""
 
     @property
     def unknown(self) -> tuple[str, ...]:
@@ -111,13 +116,15 @@ class PromptInfo:
         if not self.geometry.is_partial:
             return ()
         geometry = ("family", "vocab_size", "max_positions", "sites")
-        model = tuple(name for name, value in to_dict(self.model).items() if not value)
+        model = tuple(name for name, value in _model_to_json(self.model).items() if not value)
         return (*(f"geometry.{name}" for name in geometry), *(f"model.{name}" for name in model))
 
     @property
     def width(self) -> int:
         """W, numbers per position."""
-        return self.geometry.width if self.kind == "embedding" else self.geometry.prefix_width
+        if self.kind == "embedding":
+            return self.geometry.width
+        return sum(site.width for site in self.geometry.reached(self.layers))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -137,8 +144,12 @@ def render_manifest(info: PromptInfo) -> bytes:
         "digest": _NO_DIGEST,
         **to_dict(info),
         "geometry": geometry_to_json(info.geometry),
-        "model": {name: value or None for name, value in to_dict(info.model).items()},
+        "model": _model_to_json(info.model),
     }
+    if info.layers is None:
+        del mapping["layers"]  # left out, so that version 0.1 can read the file
+    else:
+        mapping["layers"] = [f"{site}.{layer}" for site, layer in info.layers]
     mapping["origin"]["metrics"] = {
         name: {"value": _finite_or_none(metric.value), "stderr": _finite_or_none(metric.stderr)}
         for name, metric in info.origin.metrics.items()
@@ -155,6 +166,13 @@ def render_manifest(info: PromptInfo) -> bytes:
         )
     parse_manifest(content)
     return content
+
+
+def _model_to_json(model: ModelIdentity) -> dict[str, str | None]:
+    mapping = {name: value or None for name, value in to_dict(model).items()}
+    if model.quantization is None:
+        del mapping["quantization"]  # left out, so that version 0.1 can read the file
+    return mapping
 
 
 def _finite_or_none(value: float | None) -> float | None:
@@ -190,6 +208,7 @@ class _ModelJson:
     name: str | None
     fingerprint: str | None
     tokenizer_fingerprint: str | None
+    quantization: str | None = None
 
 
 @dataclass(frozen=True)
@@ -202,6 +221,7 @@ class _PromptJson:
     model: _ModelJson
     origin: _OriginJson
     tensors: TensorFile
+    layers: tuple[str, ...] | None = None
 
 
 def parse_manifest(content: bytes) -> PromptInfo:
@@ -276,16 +296,22 @@ def _to_info(raw: _PromptJson) -> PromptInfo:
         name: MetricValue(math.nan if metric.value is None else metric.value, metric.stderr, name)
         for name, metric in raw.origin.metrics.items()
     }
-    origin = raw.origin
+    origin, geometry = raw.origin, geometry_from_json(raw.geometry)
     return PromptInfo(
         kind=raw.kind,
         length=raw.length,
         dtype=raw.dtype,
         parameters=raw.parameters,
-        geometry=geometry_from_json(raw.geometry),
-        model=ModelIdentity(raw.model.name or "", raw.model.fingerprint or "", raw.model.tokenizer_fingerprint or ""),
+        geometry=geometry,
+        model=ModelIdentity(
+            raw.model.name or "",
+            raw.model.fingerprint or "",
+            raw.model.tokenizer_fingerprint or "",
+            raw.model.quantization,
+        ),
         origin=Origin(origin.task, origin.recipe, metrics, origin.seed, origin.source, origin.created, origin.versions),
         tensors=raw.tensors,
+        layers=layers_from_json(raw.layers, geometry),
     )
 
 
@@ -315,6 +341,8 @@ def _check(info: PromptInfo) -> None:
             raise ArtifactError(f"prompt.json: '{name}' is {number}, expected a number from 1 to {_MAX_NUMBER - 1}")
     if len({site.key for site in geometry.sites}) != len(geometry.sites):
         raise ArtifactError("prompt.json lists a layer twice")
+    if info.kind != "prefix" and info.layers is not None:
+        raise ArtifactError("prompt.json names layers, but only a prefix reaches some and not others")
     if info.kind == "prefix" and not geometry.sites:
         raise ArtifactError("prompt.json describes a prefix for a model without any layer of keys and values")
     stored = info.length * info.width
@@ -337,6 +365,7 @@ def _check_texts(info: PromptInfo) -> None:
         "model.name": info.model.name,
         "model.fingerprint": info.model.fingerprint,
         "model.tokenizer_fingerprint": info.model.tokenizer_fingerprint,
+        "model.quantization": info.model.quantization or "",
         "origin.task": origin.task or "",
         "origin.source": origin.source or "",
         "origin.created": origin.created,

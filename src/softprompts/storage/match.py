@@ -33,6 +33,11 @@ class IdentifiedModel(Protocol):
         ...
 
     @property
+    def quantization(self) -> str | None:
+        """How its weights are kept, ``None`` for plainly."""
+        ...
+
+    @property
     def geometry(self) -> Geometry:
         """Shapes of the model."""
         ...
@@ -46,6 +51,7 @@ class RecordedModel:
     fingerprint: str
     tokenizer_fingerprint: str
     geometry: Geometry
+    quantization: str | None = None
 
 
 def unknown_model(width: int) -> RecordedModel:
