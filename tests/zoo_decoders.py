@@ -7,7 +7,7 @@ vocabulary, so that one byte-level tokenizer serves all of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,13 +42,17 @@ class Shape:
     classes: str
     """``"Llama"`` stands for ``LlamaConfig`` and ``LlamaForCausalLM``."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the config beside :data:`SIZES`; a field of SIZES that is ``None`` here is left out."""
+    """Fields of the config, beside :data:`SIZES` or instead of them."""
     model_class: str = ""
     """Where it is not ``<classes>ForCausalLM``."""
     config_class: str = ""
     """Where it is not ``<classes>Config``."""
+    without: tuple[str, ...] = ()
+    """Fields of :data:`SIZES` that the config does not know."""
     sizes: bool = True
     """Whether the config knows the fields of :data:`SIZES`; otherwise only those of tokens are given."""
+    window: str | None = None
+    """How prompts are to meet sliding windows: ``"text"`` lets them scroll by like text."""
 
     def build(self, seed: int = 0) -> PreTrainedModel:
         """Make the model with random weights, larger than the usual start so that prompts make a difference."""
@@ -57,7 +61,8 @@ class Shape:
         fields = {**(SIZES if self.sizes else TOKENS), **self.options}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: PreTrainedModel = model_class(config_class(**{k: v for k, v in fields.items() if v is not None}))
+            config = config_class(**{name: value for name, value in fields.items() if name not in self.without})
+            model: PreTrainedModel = model_class(config)
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.ndim > 1:
@@ -83,8 +88,6 @@ LATENT = {
     "moe_intermediate_size": 16,
     "first_k_dense_replace": 1,
 }
-FALCON = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": None}
-
 DECODERS: dict[str, Shape] = {
     "gpt2": Shape("GPT2", model_class="GPT2LMHeadModel"),
     "llama": Shape("Llama", GROUPED),
@@ -143,20 +146,21 @@ DECODERS: dict[str, Shape] = {
     "mistral": Shape("Mistral", {**GROUPED, "sliding_window": SMALL_WINDOW}),
     "mistral-no-window": Shape("Mistral", {**GROUPED, "sliding_window": None}),
     "ministral": Shape("Ministral", {**GROUPED, "head_dim": 8, "sliding_window": SMALL_WINDOW}),
-    "opt": Shape("OPT", {"intermediate_size": None, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "opt": Shape("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}, without=("intermediate_size",)),
     "opt-350m": Shape(
         "OPT",
-        {"intermediate_size": None, "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+        {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+        without=("intermediate_size",),
     ),
     "gpt-neox": Shape("GPTNeoX"),
     "phi": Shape("Phi"),
     "phi3": Shape("Phi3", {**GROUPED, "sliding_window": None}),
     "falcon-multi-query": Shape(
-        "Falcon", {**FALCON, "multi_query": True, "new_decoder_architecture": False, "parallel_attn": True}
+        "Falcon", {"multi_query": True, "new_decoder_architecture": False, "parallel_attn": True}
     ),
-    "falcon-new-decoder": Shape("Falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-new-decoder": Shape("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-alibi": Shape(
-        "Falcon", {**FALCON, "alibi": True, "multi_query": False, "new_decoder_architecture": False, "bias": True}
+        "Falcon", {"alibi": True, "multi_query": False, "new_decoder_architecture": False, "bias": True}
     ),
     "bloom": Shape("Bloom", {"hidden_size": 32, "n_layer": 3, "n_head": 4}, sizes=False),
     "gpt-j": Shape("GPTJ", {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4, "n_positions": 256}, sizes=False),
@@ -272,3 +276,8 @@ DECODERS: dict[str, Shape] = {
     "rwkv": Shape("Rwkv", {"hidden_size": 32, "num_hidden_layers": 3, "context_length": 256}, sizes=False),
 }
 """Shapes of the matrix; a new shape is a new row here."""
+
+DECODERS |= {
+    f"{name}, window text": replace(DECODERS[name], window="text")
+    for name in ("mistral", "gemma3-small-window", "gpt-oss", "qwen2-sliding", "gemma4-plain")
+}
