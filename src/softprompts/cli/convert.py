@@ -107,6 +107,8 @@ def _folded(prompt: SoftPrompt, frozen: FrozenLM | None) -> SoftPrompt:
 
     if prompt.kind == "prefix":
         raise ConfigError("a saved prefix is folded already; leave --fold out")
+    if prompt.is_infix:
+        raise ConfigError("embeddings of an infix see each row's input, so they have no keys and values of their own")
     if frozen is None:
         raise ConfigError("--fold computes keys and values in a model: say with --model in which")
     with torch.no_grad():

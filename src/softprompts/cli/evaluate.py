@@ -163,6 +163,7 @@ def _facts(
         facts["prompt"] = {
             "directory": str(prompt),
             "kind": info.kind,
+            "placement": info.placement,
             "length": info.length,
             "stored_parameters": info.parameters.stored,
             "sha256": info.tensors.sha256,

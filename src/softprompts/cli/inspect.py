@@ -61,6 +61,7 @@ def _describe(loaded: LoadedPrompt, directory: Path) -> dict[str, Any]:
     return {
         "directory": str(directory),
         "kind": info.kind,
+        "placement": info.placement,
         "length": info.length,
         "dtype": info.dtype,
         "parameters": dataclasses.asdict(info.parameters),
@@ -110,6 +111,7 @@ def _print_facts(console: Console, report: dict[str, Any]) -> None:
     percent = "" if share is None else f", {100 * share:.3g} % of the model's"
     rows = {
         "kind": report["kind"],
+        "placement": "infix, between input and output" if report["placement"] == "infix" else None,
         "length": str(report["length"]),
         "parameters": f"{parameters['stored']:,} stored{percent}; {parameters['trained']:,} were trained",
         "size on disk": f"{report['size_bytes'] / 1000:.1f} kB, {report['dtype']}",

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 
 from softprompts.config import DecodingConfig
-from softprompts.errors import ConfigError, LengthError
+from softprompts.errors import ConfigError, DataError, LengthError
 from softprompts.inference.beam import BeamSearch
 from softprompts.inference.sampling import (
     Constraints,
@@ -83,6 +83,7 @@ class Engine:
 
         Raises:
             ConfigError: The decoding options make no sense, or a row names a prompt that does not exist.
+            DataError: A row carries an infix and has no place for it.
             LengthError: A row is empty, or too long with its prompt and ``max_new_tokens``. Nothing has run then.
         """
         self.check(rows, decoding)
@@ -162,6 +163,8 @@ class Engine:
             if row.target_start == 0:
                 raise LengthError(f"{name} has no input tokens, so there is nothing to continue; give it some text")
             prompt = lengths[row.prompt] if row.prompt >= 0 else 0
+            if row.prompt >= 0:
+                _check_place(row, cast(SoftPrompt, self.prompted.prompts[row.prompt]), name)
             if self.frozen.pair is not None:
                 in_front = row.prompt >= 0 and cast(SoftPrompt, self.prompted.prompts[row.prompt]).kind == "embedding"
                 text, new = row.target_start, decoding.max_new_tokens
@@ -173,6 +176,21 @@ class Engine:
                     f"{name} needs {total} positions: prompt {prompt} + input {row.target_start} + max_new_tokens "
                     f"{decoding.max_new_tokens}, but the model has {limit}; shorten the input or lower max_new_tokens"
                 )
+
+
+def _check_place(row: Encoded, prompt: SoftPrompt, name: str) -> None:
+    """Refuse a row in which an infix has no place, or which nothing continues that sees it."""
+    if not prompt.is_infix:
+        return
+    if row.infix_at is None:
+        raise DataError(
+            f"{name} carries an infix, but does not say where its input ends: a raw text has no such place; encode it "
+            "with the format of a task"
+        )
+    if prompt.kind == "prefix" and row.infix_at >= row.target_start:
+        raise DataError(
+            f"{name} has nothing between its input and its output that sees the infix; give the format a separator"
+        )
 
 
 def _schedule(rows: Sequence[Encoded], batch_size: int) -> list[list[int]]:

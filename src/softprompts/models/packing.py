@@ -74,7 +74,7 @@ class _Piece(NamedTuple):
     row: int
     first: int
     """Its first token's number among the real tokens of the row."""
-    count: int
+    length: int
     position: int
 
 
@@ -162,12 +162,12 @@ def pack(
         shift = states[prompt].length if prompt >= 0 else 0
         fronts = [max(starts[row], held[row]) for row in rows]
         behind = [_Piece(r, front, lengths[r] - front, front + shift) for r, front in zip(rows, fronts, strict=True)]
-        pieces = [piece for piece in (*in_front, *behind) if piece.count > 0]
-        index_M += [real_X[before[p.row] + p.first :][: p.count] for p in pieces]
-        position_M += [torch.arange(p.position, p.position + p.count) for p in pieces]
+        pieces = [piece for piece in (*in_front, *behind) if piece.length > 0]
+        index_M += [real_X[before[p.row] + p.first :][: p.length] for p in pieces]
+        position_M += [torch.arange(p.position, p.position + p.length) for p in pieces]
         places += _places(start, pieces)
-        end = start + sum(piece.count for piece in pieces)
-        seen = sum(piece.count for piece in behind if piece.count > 0)
+        end = start + sum(piece.length for piece in pieces)
+        seen = sum(piece.length for piece in behind if piece.length > 0)
         if prompt >= 0 and seen:
             spans.append(PromptSpan(end - seen, end, prompt, embedded[prompt]))
         start = end
@@ -191,11 +191,11 @@ def _places(start: int, pieces: Sequence[_Piece]) -> list[RowPlace]:
     for piece in pieces:
         own = places.get(piece.row)
         if own is None:
-            places[piece.row] = RowPlace(start, piece.count)
+            places[piece.row] = RowPlace(start, piece.length)
         else:
             jump = start - own.first - own.length
-            places[piece.row] = RowPlace(own.first, own.length + piece.count, own.length, jump)
-        start += piece.count
+            places[piece.row] = RowPlace(own.first, own.length + piece.length, own.length, jump)
+        start += piece.length
     return list(places.values())
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +42,7 @@ from softprompts.storage.manifest import (
 )
 from softprompts.storage.match import IdentifiedModel, matched_geometry
 from softprompts.storage.shapes import tensor_shapes
-from softprompts.types import Geometry, MetricValue
+from softprompts.types import MetricValue
 
 __all__ = [
     "CARD_FILE",
@@ -51,6 +51,7 @@ __all__ = [
     "LoadedPrompt",
     "load_prompt",
     "read_info",
+    "render_prompt",
     "save_prompt",
 ]
 
@@ -106,6 +107,37 @@ def save_prompt(
         PromptMismatchError: The prompt was made for a model of other shapes than ``frozen``.
         StorageError: The directory must not be replaced, or the disk refused. What was there before is untouched.
     """
+    plain_recipe = to_dict(recipe)
+    origin = Origin(
+        task=task,
+        recipe=plain_recipe,
+        metrics={name: _as_metric(name, value) for name, value in (metrics or {}).items()},
+        seed=_seed_of(plain_recipe) if seed is None else seed,
+        source=source,
+    )
+    files = render_prompt(prompt, frozen=frozen, origin=origin, dtype=dtype)
+    return write_directory(directory, files, marker=MANIFEST_FILE, known=files, overwrite=overwrite)
+
+
+def render_prompt(
+    prompt: SoftPrompt,
+    *,
+    frozen: IdentifiedModel,
+    origin: Origin,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+) -> dict[str, bytes]:
+    """Make the three files of a saved prompt, by name.
+
+    Args:
+        prompt: Any prompt; its folded table is stored.
+        frozen: The model that the prompt was made for.
+        origin: Where it comes from; date and versions are filled in.
+        dtype: What the tensors are stored as.
+
+    Raises:
+        ArtifactError: The prompt cannot be stored: it has values that are not finite, or the recipe is no plain data.
+        PromptMismatchError: The prompt was made for a model of other shapes than ``frozen``.
+    """
     if prompt.geometry != frozen.geometry:
         raise PromptMismatchError(
             f"the prompt has the geometry {prompt.geometry}, but '{frozen.name}' has {frozen.geometry}; "
@@ -114,32 +146,23 @@ def save_prompt(
     table_PW = prompt.table_PW.detach().cpu().to(_DTYPES[dtype])
     if not bool(torch.isfinite(table_PW).all()):
         raise ArtifactError(
-            f"the prompt for '{directory}' has values that are not finite in {dtype}; nothing was written; "
-            "if the training diverged, train with a smaller learning rate"
+            f"the prompt has values that are not finite in {dtype}; nothing was written; if the training diverged, "
+            "train with a smaller learning rate"
         )
-    tensors = _split(table_PW, prompt.kind, prompt.geometry)
-    content = save_tensors(tensors, metadata={"format": "pt"})
-    plain_recipe = to_dict(recipe)
+    content = save_tensors(_split(table_PW, prompt), metadata={"format": "pt"})
     info = PromptInfo(
         kind=_kind(prompt.kind),
         length=prompt.length,
         dtype=dtype,
         parameters=ParameterCount(trained=prompt.trained_parameters, stored=table_PW.numel()),
         geometry=prompt.geometry,
-        model=ModelIdentity(frozen.name, frozen.fingerprint, frozen.tokenizer_fingerprint),
-        origin=Origin(
-            task=task,
-            recipe=plain_recipe,
-            metrics={name: _as_metric(name, value) for name, value in (metrics or {}).items()},
-            seed=_seed_of(plain_recipe) if seed is None else seed,
-            source=source,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions=_versions(),
-        ),
+        model=ModelIdentity(frozen.name, frozen.fingerprint, frozen.tokenizer_fingerprint, frozen.quantization),
+        origin=replace(origin, created=datetime.now(UTC).isoformat(timespec="seconds"), versions=_versions()),
         tensors=TensorFile(sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content)),
+        layers=prompt.layers,
+        placement="infix" if prompt.is_infix else "prefix",
     )
-    files = {TENSOR_FILE: content, MANIFEST_FILE: render_manifest(info), CARD_FILE: render_card(info).encode("utf-8")}
-    return write_directory(directory, files, marker=MANIFEST_FILE, known=files, overwrite=overwrite)
+    return {TENSOR_FILE: content, MANIFEST_FILE: render_manifest(info), CARD_FILE: render_card(info).encode("utf-8")}
 
 
 def read_info(directory: str | Path) -> PromptInfo:
@@ -192,7 +215,7 @@ def _load(directory: Path, frozen: IdentifiedModel | None, allow_other_model: bo
     except SafetensorError as error:
         raise ArtifactError(f"'{path}' is no safetensors file: {error}") from error
     table_PW = _join(path, tensors, info)
-    return LoadedPrompt(prompt_from_table(info.kind, geometry, table_PW), info)
+    return LoadedPrompt(prompt_from_table(info.kind, geometry, table_PW, info.layers, info.placement), info)
 
 
 def _read_manifest(directory: Path) -> PromptInfo:
@@ -230,18 +253,18 @@ def _refuse_pickle(path: Path, head: bytes) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _split(table_PW: Tensor, kind: str, geometry: Geometry) -> dict[str, Tensor]:
-    if kind == "embedding":
+def _split(table_PW: Tensor, prompt: SoftPrompt) -> dict[str, Tensor]:
+    if prompt.kind == "embedding":
         return {"embeddings": table_PW.contiguous()}
     tensors: dict[str, Tensor] = {}
-    for (site, layer), (keys_NPH, values_NPH) in unflatten_states(geometry, table_PW).items():
+    for (site, layer), (keys_NPH, values_NPH) in unflatten_states(prompt.geometry, table_PW, prompt.layers).items():
         tensors[f"{site}.{layer}.keys"] = keys_NPH.contiguous()
         tensors[f"{site}.{layer}.values"] = values_NPH.contiguous()
     return tensors
 
 
 def _join(path: Path, tensors: Mapping[str, Tensor], info: PromptInfo) -> Tensor:
-    shapes = tensor_shapes(info.kind, info.length, info.geometry)
+    shapes = tensor_shapes(info.kind, info.length, info.geometry, info.layers)
     for what, names in (
         ("lacks", shapes.keys() - tensors.keys()),
         ("holds the unknown", tensors.keys() - shapes.keys()),
@@ -264,9 +287,9 @@ def _join(path: Path, tensors: Mapping[str, Tensor], info: PromptInfo) -> Tensor
             tensors[f"{site.key.site}.{site.key.layer}.keys"],
             tensors[f"{site.key.site}.{site.key.layer}.values"],
         )
-        for site in info.geometry.sites
+        for site in info.geometry.reached(info.layers)
     }
-    return flatten_states(info.geometry, pairs)
+    return flatten_states(info.geometry, pairs, info.layers)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -18,8 +18,10 @@ __all__ = ["render_card"]
 
 _METHODS = {"prefix": "prefix-tuning", "embedding": "prompt-tuning"}
 _DESCRIPTIONS = {
-    "prefix": "learned keys and values in front of the attention of every layer",
-    "embedding": "learned embeddings in front of the input",
+    ("prefix", "prefix"): "learned keys and values in front of the attention of every layer",
+    ("embedding", "prefix"): "learned embeddings in front of the input",
+    ("prefix", "infix"): "learned keys and values between input and output, in the attention of every layer",
+    ("embedding", "infix"): "learned embeddings between input and output",
 }
 
 _LIMITS = """## Limits
@@ -52,7 +54,7 @@ def render_card(info: PromptInfo) -> str:
     sections = [
         f"---\n{front}---\n",
         f"# A soft prompt for {_text(model)}{f', task {_text(task)}' if task else ''}\n",
-        f"{info.length} positions of {_METHODS[info.kind]}: {_DESCRIPTIONS[info.kind]}. "
+        f"{info.length} positions of {_METHODS[info.kind]}: {_DESCRIPTIONS[info.kind, info.placement]}. "
         "The model itself is not changed.\n",
         _facts(info),
         _metrics(info.origin.metrics),
@@ -89,6 +91,7 @@ def _facts(info: PromptInfo) -> str:
         "family": _code("" if info.geometry.is_partial else info.geometry.family),
         **({"width": str(info.geometry.width)} if info.geometry.is_partial else {}),
         "kind": info.kind,
+        **({} if info.placement == "prefix" else {"placement": f"{info.placement}, between input and output"}),
         "length": str(info.length),
         "parameters": f"{parameters.stored:,} stored as {info.dtype}, {parameters.trained:,} trained",
         "task": _text(origin.task or "not stated"),

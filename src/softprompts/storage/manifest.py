@@ -109,6 +109,8 @@ class PromptInfo:
     tensors: TensorFile
     layers: tuple[LayerKey, ...] | None = None
     """Those that a prefix reaches; ``None`` for all of them."""
+    placement: Literal["prefix", "infix"] = "prefix"
+    """In front of the text, or between input and output."""
 
     @property
     def unknown(self) -> tuple[str, ...]:
@@ -146,8 +148,10 @@ def render_manifest(info: PromptInfo) -> bytes:
         "geometry": geometry_to_json(info.geometry),
         "model": _model_to_json(info.model),
     }
+    if info.placement == "prefix":
+        del mapping["placement"]  # left out, so that version 0.1 can read the file
     if info.layers is None:
-        del mapping["layers"]  # left out, so that version 0.1 can read the file
+        del mapping["layers"]  # here, too
     else:
         mapping["layers"] = [f"{site}.{layer}" for site, layer in info.layers]
     mapping["origin"]["metrics"] = {
@@ -222,6 +226,7 @@ class _PromptJson:
     origin: _OriginJson
     tensors: TensorFile
     layers: tuple[str, ...] | None = None
+    placement: Literal["prefix", "infix"] = "prefix"
 
 
 def parse_manifest(content: bytes) -> PromptInfo:
@@ -312,6 +317,7 @@ def _to_info(raw: _PromptJson) -> PromptInfo:
         origin=Origin(origin.task, origin.recipe, metrics, origin.seed, origin.source, origin.created, origin.versions),
         tensors=raw.tensors,
         layers=layers_from_json(raw.layers, geometry),
+        placement=raw.placement,
     )
 
 

@@ -7,8 +7,6 @@ for is not in it. Without a model at hand a prompt of :func:`import_npy` therefo
 from __future__ import annotations
 
 import io
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch
 
 from softprompts.errors import ArtifactError, PromptMismatchError, StorageError, UnsupportedModelError
 from softprompts.prompts import SoftPrompt, prompt_from_table
-from softprompts.storage.directory import read_file
+from softprompts.storage.directory import read_file, replace_file
 from softprompts.storage.manifest import MAX_TENSOR_BYTES
 from softprompts.storage.match import IdentifiedModel, unknown_model
 
@@ -80,7 +78,7 @@ def export_npy(prompt: SoftPrompt, path: str | Path, *, dtype: str = "float32", 
         The resolved path.
 
     Raises:
-        UnsupportedModelError: The prompt is a prefix: an array has no names for layers, keys and values.
+        UnsupportedModelError: The prompt is a prefix (an array has no names for layers, keys and values) or an infix.
         StorageError: The file must not be replaced, or the disk refused.
     """
     target = Path(path).resolve()
@@ -89,24 +87,15 @@ def export_npy(prompt: SoftPrompt, path: str | Path, *, dtype: str = "float32", 
             f"a {prompt.kind} prompt cannot become '{target.name}': a plain array has no place for layers, keys and "
             "values; only embedding prompts have this form"
         )
+    if prompt.is_infix:
+        raise UnsupportedModelError(
+            f"an infix cannot become '{target.name}': a plain array does not say where its prompt stands, and would "
+            "come back as a prompt in front of the text; keep it in the format of softprompts"
+        )
     if not is_npy(target):
         raise StorageError(f"'{target}' does not end in {_SUFFIX}; choose such a name")
     if target.exists() and (not overwrite or not target.is_file()):
         raise StorageError(f"'{target}' is there already; choose another path or pass overwrite=True")
     buffer = io.BytesIO()
     np.save(buffer, prompt.table_PW.cpu().numpy().astype("<f2" if dtype == "float16" else "<f4"), allow_pickle=False)
-    staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.writing")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with staging.open("xb") as file:
-            file.write(buffer.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        staging.replace(target)
-    except OSError as error:
-        raise StorageError(
-            f"'{target}' could not be written: {error.strerror or error}; what was there before is untouched"
-        ) from error
-    finally:
-        staging.unlink(missing_ok=True)
-    return target
+    return replace_file(target, buffer.getvalue())

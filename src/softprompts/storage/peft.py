@@ -81,7 +81,7 @@ def export_peft(
 
     Raises:
         UnsupportedModelError: PEFT cannot represent the prompt: layers differ in heads, some layers have no prefix,
-            there is an encoder, or the model is not on record.
+            it is an infix, there is an encoder, or the model is not on record.
         StorageError: The directory must not be replaced, or the disk refused.
     """
     geometry = prompt.geometry
@@ -233,6 +233,16 @@ def _check_representable(prompt: SoftPrompt, method: str) -> None:
         raise UnsupportedModelError(
             f"PEFT has no form for a prompt of kind '{prompt.kind}' as '{method}'; it knows embeddings in front of the "
             "input, and prefixes (also as cartridges)"
+        )
+    if prompt.is_infix:
+        raise UnsupportedModelError(
+            "PEFT puts every prompt in front of the text, and this one is an infix, trained between input and output; "
+            "keep it in the format of softprompts"
+        )
+    if prompt.placement != "prefix":
+        raise UnsupportedModelError(
+            f"PEFT puts every prompt in front of the text, and this one has the placement '{prompt.placement}'; keep "
+            "it in the format of softprompts"
         )
     if geometry.is_partial:
         raise UnsupportedModelError(
