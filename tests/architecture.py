@@ -16,9 +16,9 @@ PACKAGE = "softprompts"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"__main__"}),
     frozenset({"cli"}),
-    frozenset({"studies", "server"}),
+    frozenset({"studies", "server", "bench"}),
     frozenset({"baselines", "evaluation"}),
-    frozenset({"training", "transfer", "inference"}),
+    frozenset({"training", "transfer", "inference", "integrations"}),
     frozenset({"prompted", "storage"}),
     frozenset({"tasks", "models", "prompts", "pretraining"}),
     frozenset({"config", "registry", "types"}),

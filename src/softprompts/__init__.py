@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from softprompts.config import DecodingConfig, PromptConfig, TrainRecipe, load_recipe
     from softprompts.errors import SoftPromptsError
     from softprompts.inference.engine import Engine
+    from softprompts.integrations.huggingface.attach import attach, detach
     from softprompts.models.frozen import FrozenLM
     from softprompts.prompted import PromptedLM
     from softprompts.prompts.base import SoftPrompt
@@ -33,7 +34,9 @@ __all__ = [
     "SoftPromptsError",
     "TrainRecipe",
     "__version__",
+    "attach",
     "build_prompt",
+    "detach",
     "load_prompt",
     "load_recipe",
     "save_prompt",
@@ -52,7 +55,9 @@ _HOME = {
     "SoftPrompt": "softprompts.prompts.base",
     "SoftPromptsError": "softprompts.errors",
     "TrainRecipe": "softprompts.config",
+    "attach": "softprompts.integrations.huggingface.attach",
     "build_prompt": "softprompts.prompts.init",
+    "detach": "softprompts.integrations.huggingface.attach",
     "load_prompt": "softprompts.storage.artifact",
     "load_recipe": "softprompts.config",
     "save_prompt": "softprompts.storage.artifact",

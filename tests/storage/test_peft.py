@@ -21,7 +21,7 @@ from softprompts.prompted import PromptedLM
 from softprompts.prompts import SoftPrompt, build_prompt, prompt_from_table
 from softprompts.storage.match import unknown_model
 from softprompts.storage.peft import export_peft, import_peft, peft_method
-from softprompts.types import Batch, PromptStates
+from softprompts.types import Batch
 
 peft = pytest.importorskip("peft")
 
@@ -232,22 +232,13 @@ def test_layers_that_differ_have_no_form_in_peft(make_prompt, tmp_path: Path, mo
     assert torch.equal(import_peft(directory, replace(model)).table_PW, make_prompt("embedding").table_PW)
 
 
-class UpperLayersOnly(torch.nn.Module):
-    """A prefix that leaves the first layer out."""
-
-    def __init__(self, prefix: SoftPrompt) -> None:
-        super().__init__()
-        self.prefix, self.kind, self.geometry, self.length = prefix, prefix.kind, prefix.geometry, prefix.length
-
-    def forward(self) -> PromptStates:
-        states = self.prefix().keys_values
-        return PromptStates(self.length, keys_values={key: states[key] for key in list(states)[1:]})
-
-
 def test_what_peft_cannot_represent_is_refused(tiny_frozen, tmp_path: Path):
-    prefix = build_prompt(PromptConfig(kind="prefix", length=3), tiny_frozen("llama"), seed=1)
+    prefix = build_prompt(PromptConfig(kind="prefix", length=3, layers=(1, 2)), tiny_frozen("llama"), seed=1)
     with pytest.raises(UnsupportedModelError, match="reaches 2 of 3 layers"):
-        export_peft(UpperLayersOnly(prefix), tmp_path / "out", model_name="base")
+        export_peft(prefix, tmp_path / "out", model_name="base")
+    infix = build_prompt(PromptConfig(kind="embedding", length=3, placement="infix"), tiny_frozen("llama"), seed=1)
+    with pytest.raises(UnsupportedModelError, match="placement 'infix'"):
+        export_peft(infix, tmp_path / "out", model_name="base")
     unknown = prompt_from_table("embedding", unknown_model(32).geometry, torch.zeros(3, 32))
     with pytest.raises(UnsupportedModelError, match="not on record"):
         export_peft(unknown, tmp_path / "out", model_name="base")

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from softprompts.errors import ArtifactError, StorageError
 
-__all__ = ["aside_path", "list_names", "read_file", "read_head", "read_stable", "write_directory"]
+__all__ = ["aside_path", "list_names", "read_file", "read_head", "read_stable", "replace_file", "write_directory"]
 
 R = TypeVar("R")
 
@@ -156,6 +156,32 @@ def write_directory(
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def replace_file(path: str | Path, content: bytes) -> Path:
+    """Make one file hold ``content``, atomically; its directory is made, what else lies there is left alone.
+
+    Returns:
+        The resolved path.
+
+    Raises:
+        StorageError: The disk refused. What was there before is untouched.
+    """
+    target = Path(path).resolve()
+    staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.writing")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_through(staging, content)
+        staging.replace(target)
+        _sync(target.parent)
+    except OSError as error:
+        raise StorageError(
+            f"'{target}' could not be written: {error.strerror or error}; what was there before is untouched"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            staging.unlink(missing_ok=True)
     return target
 
 

@@ -1,0 +1,1 @@
+"""Other people's loops and engines, with our prompts in them."""

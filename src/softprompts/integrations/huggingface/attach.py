@@ -1,0 +1,54 @@
+"""``attach`` and ``detach``: a prompt on a transformers model, and off it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from softprompts.config import PromptConfig
+from softprompts.integrations.huggingface.causal import PromptedForCausalLM
+from softprompts.integrations.huggingface.model import PromptModel
+from softprompts.models import FrozenLM
+from softprompts.prompts import SoftPrompt
+
+__all__ = ["attach", "detach"]
+
+
+def attach(
+    model: PreTrainedModel | FrozenLM,
+    prompt: SoftPrompt | PromptConfig | str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+) -> PromptedForCausalLM:
+    """Put a prompt on a model, for the training loops and the ``generate`` of transformers.
+
+    Args:
+        model: A transformers model, which is frozen until :func:`detach`, or one that is frozen already. To put several
+            prompts on one model, freeze it first (``FrozenLM.from_model``) and attach each prompt to that.
+        prompt: A prompt made for this model, what to make one from, or the directory of a saved one.
+        tokenizer: The model's; needed for a transformers model.
+        seed: For a prompt that is made here.
+
+    Returns:
+        A model whose only parameters are the prompt's.
+
+    Raises:
+        ConfigError: The tokenizer is missing, or the model carries a prompt already.
+        PromptMismatchError: The prompt was made for another model.
+        UnsupportedModelError: The model cannot be steered correctly, or is an encoder-decoder, or the prompt an infix.
+    """
+    return PromptedForCausalLM.attached(model, prompt, tokenizer=tokenizer, seed=seed)
+
+
+def detach(model: PromptModel) -> PreTrainedModel:
+    """Take the prompt off and give the base model back without a trace.
+
+    Attention implementation, ``requires_grad`` flags, modes, dropout and checkpointing are as they were before
+    :func:`attach`; weights, config and generation config were never touched. ``model.prompt`` stays, and may be saved.
+
+    Returns:
+        The base model.
+    """
+    return model.detach()

@@ -1,0 +1,79 @@
+"""How a model was before it was steered, so that it can be given back without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import nn
+from transformers import PreTrainedModel
+
+__all__ = ["ModelSnapshot"]
+
+_SWITCHES = (
+    "activation_dropout",
+    "attention_dropout",
+    "dropout",
+    "gradient_checkpointing",
+    "hidden_dropout",
+    "layerdrop",
+    "p",
+    "training",
+    "_gradient_checkpointing_func",
+)
+"""Attributes of modules that freezing, training and gradient checkpointing set. Weights are never touched."""
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class ModelSnapshot:
+    """The switches of a model, its weights left out.
+
+    Attributes:
+        attention: Its attention implementation.
+        trainable: Per parameter whether it required a gradient.
+        switches: Per module the values of its switches.
+        hooked: Whether its embeddings were made to require a gradient.
+    """
+
+    attention: str
+    trainable: Mapping[nn.Parameter, bool]
+    switches: Mapping[nn.Module, Mapping[str, Any]]
+    hooked: bool
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Self:
+        """Take the switches of ``model`` down."""
+        return cls(
+            attention=str(model.config._attn_implementation),
+            trainable={parameter: parameter.requires_grad for parameter in model.parameters()},
+            switches={module: _switches(module) for module in model.modules()},
+            hooked=_is_hooked(model),
+        )
+
+    def restore(self, model: PreTrainedModel) -> None:
+        """Put every switch back."""
+        if not self.hooked and _is_hooked(model):
+            model.disable_input_require_grads()
+            del model._require_grads_hooks
+        for parameter, required in self.trainable.items():
+            parameter.requires_grad_(required)
+        for module, before in self.switches.items():
+            now = _switches(module)
+            for name in now.keys() - before.keys():
+                delattr(module, name)
+            for name, value in before.items():
+                if now.get(name, _MISSING) is not value:
+                    setattr(module, name, value)
+        if str(model.config._attn_implementation) != self.attention:
+            model.set_attn_implementation(self.attention)
+
+
+def _switches(module: nn.Module) -> dict[str, Any]:
+    held = vars(module)
+    return {name: held[name] for name in _SWITCHES if name in held}
+
+
+def _is_hooked(model: PreTrainedModel) -> bool:
+    return bool(getattr(model, "_require_grads_hooks", None))
