@@ -46,6 +46,7 @@ VERBS = (
     Verb("score", "softprompts.cli.score", "score", "Score a file of predictions; compare two."),
     Verb("generate", "softprompts.cli.evaluate", "generate", "Lines in, lines out, each with a prompt of its own."),
     Verb("inspect", "softprompts.cli.inspect", "inspect", "Say what a saved prompt is and which model it is for."),
+    Verb("bench", "softprompts.cli.bench", "bench", "Measure speed against PEFT, the plain model and the floor."),
     Verb("convert", "softprompts.cli.convert", "convert", "Turn a saved prompt into PEFT's format, or back."),
 )
 

@@ -1,0 +1,170 @@
+"""``softprompts bench train|generate``: one row of the table against PEFT, the plain model and the floor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from softprompts.cli.output import JsonOption, console_for, write_json
+from softprompts.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from softprompts.models import FrozenLM
+
+__all__ = ["What", "bench"]
+
+
+class What(str, Enum):  # noqa: UP042  (typer shows the values of a str enumeration)
+    """What is measured."""
+
+    train = "train"
+    generate = "generate"
+
+
+class Precision(str, Enum):  # noqa: UP042
+    """What both sides compute in."""
+
+    float32 = "float32"
+    best = "best"
+
+
+def bench(
+    what: Annotated[What, typer.Argument(help="train: one update; generate: tokens per second.")],
+    case: Annotated[
+        str | None,
+        typer.Option(
+            "--case",
+            metavar="NAME",
+            help="train: prompt-100 (default), prompt-20, prefix-10-mlp, prefix-200, prompts-8; "
+            "generate: mixed-32 (default), shared-32, single.",
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option("--model", help='"gpt2-6x512" (random weights, vocabulary 50,257), "bundled", or a directory.'),
+    ] = "gpt2-6x512",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="train: rows of a batch.")] = 16,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="generate: tokens per row.")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", help="Rounds in which everybody takes a turn.")] = 9,
+    precision: Annotated[
+        Precision,
+        typer.Option("--precision", help="float32: eager on both sides; best: what is fastest for each side (train)."),
+    ] = Precision.float32,
+    threads: Annotated[int | None, typer.Option("--threads", help="Of the CPU; all cores where left out.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
+    seed: Annotated[int, typer.Option("--seed", help="Of rows, prompts and random weights.")] = 0,
+    json: JsonOption = None,
+) -> None:
+    """Measure one case: medians of interleaved repeats, operations and memory, beside PEFT, the plain model, the floor.
+
+    Everybody runs on the same frozen weights and the same rows, in turns. Without PEFT its columns stay empty.
+    """
+    import os
+
+    import torch
+
+    if threads is not None and threads < 1:
+        raise ConfigError(f"--threads is {threads}, expected 1 or more")
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    if what is What.generate and precision is Precision.best:
+        raise ConfigError("--precision best is for bench train; generation is measured in float32")
+    console = console_for(json)
+    frozen = _model(model, device, seed)
+    if what is What.train:
+        from softprompts.bench import TrainBench, measure_training
+
+        report = measure_training(
+            frozen,
+            TrainBench(case or "prompt-100", batch_size, repeats, best=precision is Precision.best, seed=seed),
+        )
+        _show_training(report, console)
+    else:
+        from softprompts.bench import GenerateBench, measure_generation
+
+        report = measure_generation(frozen, GenerateBench(case or "mixed-32", new_tokens, repeats, seed=seed))
+        _show_generation(report, console)
+    write_json(json, report)
+
+
+def _model(name: str, device: str, seed: int) -> FrozenLM:
+    from softprompts.bench import RANDOM_GPT2, random_gpt2
+    from softprompts.cli.loading import load_frozen
+    from softprompts.config import ModelConfig
+
+    if name == RANDOM_GPT2:
+        return random_gpt2(seed=seed, device=device)
+    return load_frozen(ModelConfig(name_or_path=name, device=device, precision="float32"))
+
+
+_SUBJECTS = {
+    "ours": "softprompts",
+    "separate": "softprompts, one prompt after the other",
+    "peer": "PEFT",
+    "floor": "floor: real tokens, labels",
+    "floor_with_prompt": "floor with the prompt's tokens",
+    "plain": "plain model, padded",
+}
+
+
+def _show_training(report: Mapping[str, Any], console: Console) -> None:
+    from rich.table import Table
+
+    tokens = report["tokens"]
+    table = Table(
+        "per update", "ms", "quartiles", "of the floor", "GFLOP", "peak MB", title=_title(report), title_justify="left"
+    )
+    for name, label in _SUBJECTS.items():
+        if name not in report["spread"]:
+            continue
+        spread = report["spread"][name]
+        peak = report["peak_bytes"].get(name)
+        table.add_row(
+            label,
+            f"{spread['median'] * 1e3:.1f}",
+            f"{spread['lower'] * 1e3:.1f} - {spread['upper'] * 1e3:.1f}",
+            f"{spread['median'] / report['floor_seconds']:.2f}",
+            f"{report['flops'][name] / 1e9:.1f}",
+            "" if peak is None else f"{peak / 1e6:.0f}",
+        )
+    console.print(table)
+    console.print(
+        f"{tokens['real']:.0f} real tokens, {tokens['padded']:.0f} with padding, {tokens['labels']:.0f} labels a batch"
+    )
+    if report["ratio_peer"] is not None:
+        console.print(
+            f"{report['ratio_peer']:.2f} x PEFT's speed, {report['memory_ratio_peer']:.2f} of its memory; "
+            f"loss differs by {report['loss_difference']:.1e}, gradients by {report['gradient_difference']:.1e}"
+        )
+    _show_rest(report, console)
+
+
+def _show_generation(report: Mapping[str, Any], console: Console) -> None:
+    from rich.table import Table
+
+    table = Table("", "tokens/s", "of the plain model", title=_title(report), title_justify="left")
+    for label, key in (("softprompts", "tokens"), ("plain model", "plain_tokens"), ("PEFT", "peer_tokens")):
+        speed = report[f"{key}_per_s"]
+        if speed is not None:
+            table.add_row(label, f"{speed:.1f}", f"{speed / report['plain_tokens_per_s']:.2f}")
+    console.print(table)
+    if report["ratio_peer"] is not None:
+        console.print(
+            f"{report['ratio_peer']:.1f} x PEFT's speed (on {report['peer_rows']} of {report['rows']} rows); "
+            f"{report['outputs_equal']:.0%} of these outputs are the same, token by token"
+        )
+    _show_rest(report, console)
+
+
+def _title(report: Mapping[str, Any]) -> str:
+    return f"{report['case']}, {report['model']}, {report['precision']}, {report['threads']} threads"
+
+
+def _show_rest(report: Mapping[str, Any], console: Console) -> None:
+    if report["peer_missing"]:
+        console.print(f"no comparison with PEFT: {report['peer_missing']}", markup=False)
+    console.print(f"{report['repeats']} rounds, {report['processor']}, commit {report['commit']}")

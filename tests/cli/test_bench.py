@@ -1,0 +1,55 @@
+"""``softprompts bench``: one case in, a table and one JSON object out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from conftest import tiny_model
+from softprompts.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("gpt2").save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *map(str, words)])
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def test_training_as_json(model: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["--model", model, "--case", "prompt-20", "--batch-size", 2, "--repeats", 1, "--threads", 1, "--json", "-"]
+    code, out, err = run(capsys, "train", *words)
+    assert code == 0
+    report = json.loads(out)
+    assert (report["case"], report["batch_size"], report["threads"], report["precision"]) == (
+        "prompt-20", 2, 1, "float32",
+    )  # fmt: skip
+    assert report["seconds"] > 0
+    assert "of the floor" in err
+
+
+def test_generation_as_a_table(model: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["--model", model, "--case", "single", "--new-tokens", 2, "--repeats", 1, "--threads", 1]
+    code, out, _ = run(capsys, "generate", *words)
+    assert code == 0
+    assert "tokens/s" in out
+
+
+def test_mistakes_are_named(model: Path, capsys: pytest.CaptureFixture[str]):
+    code, _, err = run(capsys, "train", "--model", model, "--case", "prompt-30", "--threads", 1)
+    assert (code, "unknown case 'prompt-30'" in err) == (2, True)
+    code, _, err = run(capsys, "generate", "--precision", "best", "--threads", 1)
+    assert (code, "float32" in err) == (2, True)
+    code, _, err = run(capsys, "train", "--threads", 0)
+    assert (code, "--threads is 0" in err) == (2, True)
