@@ -111,6 +111,11 @@ def _folded(prompt: SoftPrompt, frozen: FrozenLM | None) -> SoftPrompt:
         raise ConfigError("embeddings of an infix see each row's input, so they have no keys and values of their own")
     if frozen is None:
         raise ConfigError("--fold computes keys and values in a model: say with --model in which")
+    if not frozen.folds:
+        raise ConfigError(
+            f"keys and values are not all that embeddings leave behind in '{frozen.name}' (an encoder, or layers with "
+            "a recurrent state); it reads them with every text, so leave --fold out"
+        )
     with torch.no_grad():
         states = frozen.activations(prompt.table_PW.to(frozen.device))
         return prompt_from_table("prefix", frozen.geometry, flatten_states(frozen.geometry, states))

@@ -72,6 +72,7 @@ def load_frozen(config: ModelConfig) -> FrozenLM:
         revision=config.revision,
         quantization=config.quantization,
         gradient_checkpointing=config.gradient_checkpointing,
+        window=config.window,
     )
     frozen.training_dtype = training_dtype(config.precision, frozen.device, frozen.geometry.width)
     # A folder differs from machine to machine; what people call the model, or its name on the hub, does not.

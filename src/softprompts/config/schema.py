@@ -39,6 +39,9 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the model computes in while a prompt is trained (autocast): bfloat16 where that is faster, or as given."""
+    window: Literal["visible", "text"] | None = None
+    """Where layers have a sliding window: keep the prompt in sight of every token (``visible``), or let it scroll by
+    like text. ``None`` keeps it in sight where the model allows that. A prompt works with the one of its training."""
     compile: Literal["auto", "yes", "no"] = "auto"
     """Whether the model is compiled for training; takes half a minute or more, so ``auto`` does it for long runs."""
 

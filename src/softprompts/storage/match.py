@@ -110,6 +110,11 @@ def _differences(info: PromptInfo, frozen: IdentifiedModel) -> tuple[list[str], 
         if windows:
             one, two = windows[0]
             other.append(f"window {one.window} in layer {one.key.site}.{one.key.layer}, this model {two.window}")
+    if saved.prompt_scrolls != offered.prompt_scrolls:
+        modes = {True: "text", False: "visible"}
+        other.append(
+            f"window '{modes[saved.prompt_scrolls]}', this model is loaded with '{modes[offered.prompt_scrolls]}'"
+        )
     for name in ("vocab_size", "max_positions"):
         if getattr(saved, name) != getattr(offered, name):
             other.append(f"{name} {getattr(saved, name)}, this model {getattr(offered, name)}")
