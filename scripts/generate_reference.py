@@ -7,7 +7,7 @@ import dataclasses
 import importlib.util
 import inspect
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,6 +88,8 @@ def type_words(hint: Any) -> str:
         return f"list of {type_words(arguments[0])}"
     if origin is tuple:
         return f"list of {len(arguments)}: {', '.join(map(type_words, arguments))}"
+    if origin is Mapping:
+        return "mapping of keys to values"
     if arguments:
         return " or ".join(type_words(argument) for argument in arguments)
     return {int: "whole number", float: "number", str: "text", bool: "`true` or `false`", type(None): "`null`"}[hint]
