@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
     from softprompts.models import FrozenLM
 
-__all__ = ["What", "bench"]
+__all__ = ["bench"]
 
 
-class What(str, Enum):  # noqa: UP042  (typer shows the values of a str enumeration)
+class _What(str, Enum):  # noqa: UP042  (typer shows the values of a str enumeration)
     """What is measured."""
 
     train = "train"
     generate = "generate"
 
 
-class Precision(str, Enum):  # noqa: UP042
+class _Precision(str, Enum):  # noqa: UP042
     """What both sides compute in."""
 
     float32 = "float32"
@@ -34,7 +34,7 @@ class Precision(str, Enum):  # noqa: UP042
 
 
 def bench(
-    what: Annotated[What, typer.Argument(help="train: one update; generate: tokens per second.")],
+    what: Annotated[_What, typer.Argument(help="train: one update; generate: tokens per second.")],
     case: Annotated[
         str | None,
         typer.Option(
@@ -52,9 +52,9 @@ def bench(
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="generate: tokens per row.")] = 64,
     repeats: Annotated[int, typer.Option("--repeats", help="Rounds in which everybody takes a turn.")] = 9,
     precision: Annotated[
-        Precision,
+        _Precision,
         typer.Option("--precision", help="float32: eager on both sides; best: what is fastest for each side (train)."),
-    ] = Precision.float32,
+    ] = _Precision.float32,
     threads: Annotated[int | None, typer.Option("--threads", help="Of the CPU; all cores where left out.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option("--seed", help="Of rows, prompts and random weights.")] = 0,
@@ -71,16 +71,16 @@ def bench(
     if threads is not None and threads < 1:
         raise ConfigError(f"--threads is {threads}, expected 1 or more")
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    if what is What.generate and precision is Precision.best:
+    if what is _What.generate and precision is _Precision.best:
         raise ConfigError("--precision best is for bench train; generation is measured in float32")
     console = console_for(json)
     frozen = _model(model, device, seed)
-    if what is What.train:
+    if what is _What.train:
         from softprompts.bench import TrainBench, measure_training
 
         report = measure_training(
             frozen,
-            TrainBench(case or "prompt-100", batch_size, repeats, best=precision is Precision.best, seed=seed),
+            TrainBench(case or "prompt-100", batch_size, repeats, best=precision is _Precision.best, seed=seed),
         )
         _show_training(report, console)
     else:
