@@ -347,6 +347,11 @@ def test_a_layer_that_a_prefix_does_not_reach_is_noticed(monkeypatch: pytest.Mon
     assert model.config._attn_implementation == before
 
 
+def test_a_window_that_scrolls_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="and stays in sight"):
+        FrozenLM.from_model(tiny_seq2seq("t5gemma"), byte_tokenizer(), window="text")
+
+
 def test_sites_and_layers_that_are_not_there_are_refused() -> None:
     geometry = frozen_of("bart_deep_decoder").geometry
     assert choose_layers(geometry) is None

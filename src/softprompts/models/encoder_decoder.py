@@ -36,6 +36,7 @@ class EncoderDecoder:
 
     Args:
         model: A sequence-to-sequence LM that already uses the project's attention implementation.
+        window: Only ``"visible"`` (or ``None``); see :meth:`softprompts.models.FrozenLM.load`.
 
     Attributes:
         geometry: What it offers to a prompt (probed).
@@ -48,9 +49,14 @@ class EncoderDecoder:
         UnsupportedModelError: Its attention does not go through the interface, or its logits are not understood.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, window: str | None = None) -> None:
         self.model = model
         self.family = str(model.config.model_type)
+        if window == "text":
+            raise UnsupportedModelError(
+                f"'{self.family}' is an encoder-decoder: a prefix has no place in its text where it could scroll by "
+                "and stays in sight; leave model.window out"
+            )
         self.checkpointing = False
         self.encoder, self.decoder = _halves(model)
         self.start_id, self.pad_id = _start_and_pad(model)

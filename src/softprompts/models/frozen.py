@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompts.errors import ConfigError, UnsupportedModelError, nearest
 from softprompts.models.attention import IMPLEMENTATION, Steering, register_attention
 from softprompts.models.causal import CausalModel
 from softprompts.models.causal_check import packs_exactly, verify_causal
+from softprompts.models.dropout import switch_dropout_off
 from softprompts.models.encoder_decoder import EncoderDecoder
 from softprompts.models.identity import model_fingerprint, tokenizer_fingerprint
 from softprompts.models.loading import load_pretrained
 from softprompts.models.packing import Packing
 from softprompts.models.quantization import original_of
 from softprompts.models.seq2seq_check import verify_seq2seq
+from softprompts.models.words import common_ids, marks_around_text
 from softprompts.types import LayerKey, PromptStates
 
 __all__ = ["FrozenLM"]
-
-_DROPOUT_FIELDS = ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "hidden_dropout")
 
 
 class FrozenLM:
@@ -62,7 +62,7 @@ class FrozenLM:
         try:
             if model._can_set_attn_implementation():  # otherwise transformers only writes a warning
                 model.set_attn_implementation(IMPLEMENTATION)
-            self.pair = EncoderDecoder(model) if model.config.is_encoder_decoder else None
+            self.pair = EncoderDecoder(model, window=window) if model.config.is_encoder_decoder else None
             self.causal = CausalModel(model, self._former_attention, window=window) if self.pair is None else None
             if self.pair is not None:
                 self.geometry, self.layer_of = self.pair.geometry, self.pair.layer_of
@@ -157,12 +157,7 @@ class FrozenLM:
                 f"gradient checkpointing drops the cache, and prompts reach '{self.geometry.family}' through it; "
                 "train it without gradient checkpointing, with a smaller batch"
             )
-        for module in self.model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            for name in _DROPOUT_FIELDS:
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)
+        switch_dropout_off(self.model)
         self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self._checkpointing = True
         if self.pair is not None:
@@ -222,18 +217,12 @@ class FrozenLM:
     @cached_property
     def bos_ids(self) -> tuple[int, ...]:
         """What the tokenizer itself puts in front of every text (Llama, Gemma: one token; GPT-2: nothing)."""
-        plain = self.tokenizer("a", add_special_tokens=False).input_ids
-        marked = self.tokenizer("a").input_ids
-        start = next((i for i in range(len(marked)) if marked[i : i + len(plain)] == plain), 0)
-        return tuple(marked[:start])
+        return marks_around_text(self.tokenizer)[0]
 
     @cached_property
     def end_ids(self) -> tuple[int, ...] | None:
         """What the tokenizer puts behind every text that an encoder reads (T5: ``</s>``); ``None`` without encoder."""
-        if self.pair is None:
-            return None
-        marked = self.tokenizer("a").input_ids
-        return tuple(marked[len(self.bos_ids) + len(self.tokenizer("a", add_special_tokens=False).input_ids) :])
+        return None if self.pair is None else marks_around_text(self.tokenizer)[1]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -281,15 +270,7 @@ class FrozenLM:
         Vocabularies are made by merging the most frequent pairs first, so the order of ids is about that of frequency
         (the reading of Lester et al. 2021, section 3.2). Special tokens and pieces that are no text are left out.
         """
-        special = set(self.tokenizer.all_special_ids)
-        limit = min(self.geometry.vocab_size, len(self.tokenizer))
-        ids: list[int] = []
-        for token in range(limit):
-            if token not in special and _is_text(str(self.tokenizer.decode([token]))):
-                ids.append(token)
-            if len(ids) == count:
-                break
-        return ids
+        return common_ids(self.tokenizer, min(self.geometry.vocab_size, len(self.tokenizer)), count)
 
     def activations(self, embeddings_PD: Tensor) -> Mapping[LayerKey, tuple[Tensor, Tensor]]:
         """Keys and values that embeddings at the start of a text evoke in every layer.
@@ -392,6 +373,12 @@ class FrozenLM:
         active = self.training_dtype is not None and torch.is_grad_enabled()
         return torch.autocast(self.device.type, dtype=self.training_dtype or torch.bfloat16, enabled=active)
 
+    @property
+    def attention_dtype(self) -> torch.dtype:
+        """What keys and values are computed in just now."""
+        place = self.device.type
+        return torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else self.dtype
+
     def compile(self) -> None:
         """Compile the training pass; the first steps then take long. Without packed rows this changes nothing."""
         if self.causal is not None and self.packable:
@@ -402,7 +389,3 @@ class FrozenLM:
         if self.pair is not None:
             return self.pair.head(hidden_MD)
         return self._causal.head(hidden_MD)
-
-
-def _is_text(piece: str) -> bool:
-    return bool(piece.strip()) and "�" not in piece
