@@ -176,8 +176,8 @@ def edit(directory: Path, **changes: object) -> None:
         ({"peft_type": "ADAPTION_PROMPT"}, ArtifactError, "through a gate inside the attention"),
         ({"peft_type": "TRAINABLE_TOKENS"}, ArtifactError, "rows of the embedding table"),
         ({"peft_type": "MULTITASK_PROMPT_TUNING"}, ArtifactError, "expected prefix_task_cols and prefix_task_rows"),
-        ({"task_type": "SEQ_2_SEQ_LM"}, ArtifactError, "encoder-decoder"),
-        ({"num_transformer_submodules": 2}, ArtifactError, "encoder-decoder"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, PromptMismatchError, "made for an encoder-decoder and 'tiny-llama'"),
+        ({"num_transformer_submodules": 2}, PromptMismatchError, "made for an encoder-decoder"),
         ({"num_layers": 4}, PromptMismatchError, "layers, KV heads"),
         ({"num_virtual_tokens": 6}, PromptMismatchError, r"expected \[6,"),
         ({"num_virtual_tokens": None}, PromptMismatchError, "expected"),
@@ -237,7 +237,7 @@ def test_what_peft_cannot_represent_is_refused(tiny_frozen, tmp_path: Path):
     with pytest.raises(UnsupportedModelError, match="reaches 2 of 3 layers"):
         export_peft(prefix, tmp_path / "out", model_name="base")
     infix = build_prompt(PromptConfig(kind="embedding", length=3, placement="infix"), tiny_frozen("llama"), seed=1)
-    with pytest.raises(UnsupportedModelError, match="placement 'infix'"):
+    with pytest.raises(UnsupportedModelError, match="is an infix"):
         export_peft(infix, tmp_path / "out", model_name="base")
     unknown = prompt_from_table("embedding", unknown_model(32).geometry, torch.zeros(3, 32))
     with pytest.raises(UnsupportedModelError, match="not on record"):

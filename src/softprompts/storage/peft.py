@@ -6,7 +6,12 @@ long as all layers have the same heads (PEFT knows no others). Keys are stored a
 Encoders (P-tuning, a prefix's projection) are dropped when PEFT saves; CPT saves base and delta added up. Multitask
 prompt tuning adds two factors per task, whose product scales the shared prompt.
 
-Read and compared with peft 0.21 (``peft/utils/save_and_load.py``, ``PeftModel.get_prompt``). Decoder-only models.
+For an encoder-decoder the tensor of an embedding prompt has ``2 P`` rows: the first half stands in front of the
+encoder's input, the second half is never read. Its prefixes are not ours: they exist in the decoder's self-attention
+alone, where they count as positions (learned positions are shifted, T5 gives them distances), and for an even number of
+layers half of them is never read.
+
+Read and compared with peft 0.21 (``peft/utils/save_and_load.py``, ``PeftModel.get_prompt``).
 """
 
 from __future__ import annotations
@@ -68,7 +73,7 @@ def export_peft(
     (peft#1093). Sliding windows: there a prefix scrolls out of them like text, here it stays visible.
 
     Args:
-        prompt: Any prompt for a decoder-only model.
+        prompt: Any prompt for a decoder-only model, or an embedding prompt for an encoder-decoder.
         directory: A new or empty one, or, with ``overwrite``, an earlier export.
         model_name: What PEFT calls the base model.
         method: ``plain`` is prompt tuning or prefix-tuning; ``cartridge`` writes a prefix for PEFT's method of that
@@ -81,7 +86,7 @@ def export_peft(
 
     Raises:
         UnsupportedModelError: PEFT cannot represent the prompt: layers differ in heads, some layers have no prefix,
-            it is an infix, there is an encoder, or the model is not on record.
+            it is an infix, or the prefix of an encoder-decoder, or the model is not on record.
         StorageError: The directory must not be replaced, or the disk refused.
     """
     geometry = prompt.geometry
@@ -91,10 +96,10 @@ def export_peft(
         "base_model_name_or_path": model_name,
         "inference_mode": True,
         "num_attention_heads": heads,
-        "num_layers": len(geometry.sites),
-        "num_transformer_submodules": 1,
+        "num_layers": len({site.key.layer for site in geometry.sites}),
+        "num_transformer_submodules": 2 if _has_encoder(geometry) else 1,
         "num_virtual_tokens": prompt.length,
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if _has_encoder(geometry) else "CAUSAL_LM",
     }
     if method == "cartridge":
         config |= {"peft_type": "CARTRIDGE", "token_dim": heads * size, "num_frozen_tokens": 0}
@@ -102,7 +107,10 @@ def export_peft(
         config |= {"peft_type": "PREFIX_TUNING", "token_dim": heads * size, "prefix_projection": False}
     else:
         config |= {"peft_type": "PROMPT_TUNING", "token_dim": geometry.width, "prompt_tuning_init": "RANDOM"}
-    tensors = {"prompt_embeddings": prompt.table_PW.float().cpu().contiguous()}
+    table_PW = prompt.table_PW.float().cpu()
+    if _has_encoder(geometry):
+        table_PW = torch.cat([table_PW, torch.zeros_like(table_PW)])
+    tensors = {"prompt_embeddings": table_PW.contiguous()}
     files = {
         PEFT_TENSOR_FILE: save_tensors(tensors, metadata={"format": "pt"}),
         PEFT_MANIFEST_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
@@ -142,10 +150,9 @@ def _import(directory: Path, frozen: IdentifiedModel, task: int | None) -> SoftP
             f"'{directory}' is a PEFT adapter of type '{method}', which cannot be imported: {reason}; "
             f"{nearest(method, _KINDS)}"
         )
-    submodules = config.get("num_transformer_submodules")
-    if config.get("task_type") == "SEQ_2_SEQ_LM" or submodules not in (None, 1):
-        raise ArtifactError(f"'{directory}' was made for an encoder-decoder; only decoder-only models can be imported")
     kind, geometry = _KINDS[method], frozen.geometry
+    with_encoder = config.get("task_type") == "SEQ_2_SEQ_LM" or config.get("num_transformer_submodules") == 2
+    _check_halves(directory, method, frozen, with_encoder)
     table_PW = _read_table(directory, method, task)
     if kind == "prefix":
         heads, size = _uniform_heads(geometry, needed=True)
@@ -158,12 +165,39 @@ def _import(directory: Path, frozen: IdentifiedModel, task: int | None) -> SoftP
             )
     width = geometry.width if kind == "embedding" else geometry.prefix_width
     length = config.get("num_virtual_tokens")
+    if with_encoder and isinstance(length, int) and len(table_PW) == 2 * length:
+        table_PW = table_PW[:length]
     if table_PW.ndim != 2 or table_PW.shape[1] != width or table_PW.shape[0] != length or length < 1:
         raise PromptMismatchError(
             f"the {kind} prompt in '{directory}' is {list(table_PW.shape)}, expected [{length}, {width}] for "
             f"'{frozen.name}'; name the model that it was made for"
         )
     return prompt_from_table(kind, geometry, table_PW)
+
+
+def _has_encoder(geometry: Geometry) -> bool:
+    return any(site.key.site == "encoder" for site in geometry.sites)
+
+
+def _check_halves(directory: Path, method: str, frozen: IdentifiedModel, with_encoder: bool) -> None:
+    """Refuse prompts of one kind of model for the other, and what PEFT makes of encoder-decoders beyond embeddings."""
+    if with_encoder != _has_encoder(frozen.geometry):
+        kinds = {True: "an encoder-decoder", False: "a decoder-only model"}
+        raise PromptMismatchError(
+            f"'{directory}' was made for {kinds[with_encoder]} and '{frozen.name}' is {kinds[not with_encoder]}; name "
+            "the model that it was made for"
+        )
+    if with_encoder and _KINDS[method] == "prefix":
+        raise ArtifactError(
+            f"'{directory}' holds a prefix of an encoder-decoder, which cannot be imported: in PEFT it stands in the "
+            "decoder's self-attention alone and moves the decoder's positions, so that keys and values alone do not "
+            "give the same model; train it here, at all three sites"
+        )
+    if with_encoder and method == "MULTITASK_PROMPT_TUNING":
+        raise ArtifactError(
+            f"'{directory}' holds multitask prompts of an encoder-decoder, which cannot be imported: PEFT trains them "
+            "with a second prompt in the decoder and generates without it, so that no prompt gives what it does"
+        )
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -229,6 +263,11 @@ def _composed(path: Path, table_PD: Tensor, columns_TPR: Tensor, rows_TRD: Tenso
 def _check_representable(prompt: SoftPrompt, method: str) -> None:
     """Refuse what has no form in PEFT."""
     geometry = prompt.geometry
+    if prompt.kind == "prefix" and _has_encoder(geometry):
+        raise UnsupportedModelError(
+            "PEFT puts the prefix of an encoder-decoder into the decoder's self-attention alone, shares it between "
+            "layers and moves the decoder's positions by its length; keep this prompt in the format of softprompts"
+        )
     if prompt.kind not in ("prefix", "embedding") or (method == "cartridge" and prompt.kind != "prefix"):
         raise UnsupportedModelError(
             f"PEFT has no form for a prompt of kind '{prompt.kind}' as '{method}'; it knows embeddings in front of the "
@@ -238,11 +277,6 @@ def _check_representable(prompt: SoftPrompt, method: str) -> None:
         raise UnsupportedModelError(
             "PEFT puts every prompt in front of the text, and this one is an infix, trained between input and output; "
             "keep it in the format of softprompts"
-        )
-    if prompt.placement != "prefix":
-        raise UnsupportedModelError(
-            f"PEFT puts every prompt in front of the text, and this one has the placement '{prompt.placement}'; keep "
-            "it in the format of softprompts"
         )
     if geometry.is_partial:
         raise UnsupportedModelError(

@@ -288,10 +288,10 @@ def _check_reachable(frozen: FrozenLM, prompt: SoftPrompt) -> None:
             f"in '{family}' a prompt occupies columns of its cache or its input, which transformers' loops would count "
             "as text; train and use its prompts with softprompts itself"
         )
-    if prompt.placement != "prefix":
+    if prompt.is_infix:
         raise UnsupportedModelError(
-            f"a prompt with the placement '{prompt.placement}' has to know where a row's input ends, which the loops "
-            "of transformers do not tell; train and use it with softprompts itself"
+            "an infix has to know where a row's input ends, which the loops of transformers do not tell; train and use "
+            "it with softprompts itself"
         )
 
 
