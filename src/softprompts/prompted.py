@@ -8,7 +8,7 @@ Shape letters: B batch, T text tokens, P prompt length, D width, V vocabulary, M
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache
 
-from softprompts.errors import PromptMismatchError
+from softprompts.errors import PromptMismatchError, UnsupportedModelError
 from softprompts.models import seq2seq
 from softprompts.models.attention import Steering
 from softprompts.models.cache import DecodeState
@@ -34,8 +34,9 @@ from softprompts.models.inputs import (
 from softprompts.models.label_loss import chunked_cross_entropy
 from softprompts.models.packing import pack
 from softprompts.models.seq2seq import Seq2SeqState
+from softprompts.models.sources import Held, SourceCache, cuttable, put_in_front, without_inputs
 from softprompts.prompts.base import SoftPrompt
-from softprompts.types import Batch, Geometry, PromptStates
+from softprompts.types import Batch, Geometry, LayerKey, PromptStates
 
 __all__ = ["LabelLogits", "LabelLosses", "PromptedLM"]
 
@@ -72,6 +73,10 @@ class _Rows(NamedTuple):
     """Each row's index into them, -1 for none."""
     start_B: Tensor | None
     """Real tokens in front of each row's prompt; ``None`` where all prompts stand in front."""
+    held: Held | None = None
+    """Inputs that have been read before and are not in the batch any more."""
+    offset_B: Tensor | None = None
+    """How many tokens each of them has."""
 
     @property
     def length_B(self) -> Tensor:
@@ -116,11 +121,52 @@ class PromptedLM(nn.Module):
         self.to(frozen.device)
         self.packing = True
         """Whether training and scoring run all rows as one packed row, where the model allows it."""
+        self.sources: SourceCache | None = None
+        """Inputs that are read once, where they stand in front of infixes; see :meth:`keep_sources`."""
 
     @property
     def frozen(self) -> FrozenLM:
         """The frozen model."""
         return self._frozen[0]
+
+    def keep_sources(self, *, limit_bytes: int) -> SourceCache:
+        """Keep keys and values of inputs in front of infixes: training and scoring then read each input once.
+
+        The model must not change any more. Other prompts on the same frozen model may share the result
+        (:attr:`sources`).
+
+        Args:
+            limit_bytes: Most bytes to keep; beyond them :class:`~softprompts.errors.ConfigError` is raised.
+
+        Raises:
+            UnsupportedModelError: Keys and values are not all that this model keeps of an input, or windows hide some
+                of them and it does not run packed rows.
+        """
+        frozen = self.frozen
+        windows = any(site.window is not None for site in frozen.geometry.sites)
+        if frozen.causal is None or not frozen.causal.through_attention or (windows and not self._packs):
+            raise UnsupportedModelError(
+                f"inputs of '{frozen.geometry.family}' cannot be kept as keys and values alone; set "
+                "training.cache_source to false"
+            )
+
+        def read(ids_RS: Tensor, mask_RS: Tensor) -> Mapping[LayerKey, tuple[Tensor, Tensor]]:
+            captured: dict[LayerKey, tuple[Tensor, Tensor]] = {}
+            frozen.hidden_states(
+                input_ids=ids_RS,
+                attention_mask=mask_RS,
+                position_ids=position_ids(mask_RS, torch.zeros_like(mask_RS[:, 0])),
+                steering=Steering(frozen.layer_of, captured=captured),
+            )
+            return captured
+
+        self.sources = SourceCache(read, frozen.geometry, limit_bytes=limit_bytes)
+        return self.sources
+
+    @property
+    def _packs(self) -> bool:
+        on_cpu = self.frozen.device.type == "cpu"
+        return self.packing and self.frozen.packable and (on_cpu or self.sources is None)
 
     def states(self) -> list[PromptStates]:
         """Compute every prompt's keys and values, with gradient. Call it once per step.
@@ -147,15 +193,20 @@ class PromptedLM(nn.Module):
 
     def _hidden_states(self, rows: _Rows, steering: Steering, cache: Cache | None = None) -> Tensor:
         """Run the text of a batch with its prompts; ``[B, T, D]``, meaningless at pads."""
-        mask_BT, length_B = rows.batch.mask_BT, rows.length_B
-        check_length(self.frozen.geometry, int(length_B.max()), int(mask_BT.sum(dim=1).max()))
+        mask_BT = rows.batch.mask_BT
+        in_front_B = rows.length_B if rows.offset_B is None else rows.length_B + rows.offset_B
+        check_length(self.frozen.geometry, int(in_front_B.max()), int(mask_BT.sum(dim=1).max()))
+        position_BT = position_ids(mask_BT, rows.length_B, rows.start_B)
+        if rows.held is not None and rows.offset_B is not None:
+            position_BT = position_BT + rows.offset_B[:, None]
+            put_in_front(steering, rows.held, mask_BT, self.frozen.attention_dtype)
         if rows.start_B is not None:
             steering.sees_BT = places_in_text(mask_BT) >= rows.start_B[:, None]
         words = {"input_ids": rows.batch.ids_BT} if rows.words_BTD is None else {"inputs_embeds": rows.words_BTD}
         return self.frozen.hidden_states(
             **words,
             attention_mask=mask_BT,
-            position_ids=position_ids(mask_BT, length_B, rows.start_B),
+            position_ids=position_BT,
             past_key_values=cache,
             steering=steering,
         )
@@ -212,7 +263,7 @@ class PromptedLM(nn.Module):
             states = self.states() if states is None else states
             self._check_prompts(batch, len(states))
             return seq2seq.label_states(self.frozen.pair, batch, states)
-        packed = self.packing and self.frozen.packable
+        packed = self._packs
         if states is None and packed:
             in_use = batch.prompt_of_row_B.unique().tolist()
             # Only what this batch carries is computed, and embeddings in front of rows are run together with them.
@@ -223,17 +274,34 @@ class PromptedLM(nn.Module):
         row_M, column_M, labels_M = label_positions(rows.batch)
         if rows.start_B is not None:
             check_seen(places_in_text(rows.batch.mask_BT)[row_M, column_M], rows.start_B[row_M])
+        if self.sources is not None:
+            rows = self._without_sources(rows, self.sources)
+            row_M, column_M, labels_M = label_positions(rows.batch)
         if packed:
             return self._packed_states(rows, row_M, column_M), labels_M, row_M
         steering = self.frozen.steering(rows.used, rows.prompt_of_row_B)
         return self._hidden_states(rows, steering)[row_M, column_M], labels_M, row_M
 
+    def _without_sources(self, rows: _Rows, sources: SourceCache) -> _Rows:
+        """Leave out the inputs that see no prompt; their keys and values are known or are computed now."""
+        free_K = torch.tensor([*(state.infix for state in rows.used), True], device=rows.prompt_of_row_B.device)
+        length_B = cuttable(rows.batch, free_K[rows.prompt_of_row_B])
+        if not bool(length_B.any()):
+            return rows
+        held = sources.held(rows.batch, length_B, self.frozen.attention_dtype)
+        batch, words_BTD = without_inputs(rows.batch, rows.words_BTD, length_B)
+        start_B = None if rows.start_B is None else (rows.start_B - length_B).clamp(min=0)
+        start_B = start_B if start_B is not None and bool(start_B.any()) else None
+        return _Rows(batch, words_BTD, rows.used, rows.prompt_of_row_B, start_B, held, length_B)
+
     def _packed_states(self, rows: _Rows, row_M: Tensor, column_M: Tensor) -> Tensor:
         """Run all real tokens of a batch as one row, without a pad."""
         batch, length_B, text_B = rows.batch, rows.length_B, rows.batch.mask_BT.sum(dim=1)
+        length_B = length_B if rows.offset_B is None else length_B + rows.offset_B
         longest = int((length_B + text_B).argmax())
         check_length(self.frozen.geometry, int(length_B[longest]), int(text_B[longest]))
-        packing = pack(batch.mask_BT, rows.used, rows.prompt_of_row_B, rows.start_B)
+        packing = pack(batch.mask_BT, rows.used, rows.prompt_of_row_B, rows.start_B, rows.offset_B)
+        packing = replace(packing, held=rows.held)
         words_MD = None if rows.words_BTD is None else rows.words_BTD.flatten(0, 1)[packing.index_M]
         hidden_MD = self.frozen.packed_hidden_states(batch.ids_BT.flatten()[packing.index_M], packing, words_MD)
         return hidden_MD[packing.packed_of_BT[row_M, column_M]]

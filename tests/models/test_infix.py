@@ -16,6 +16,7 @@ from softprompts.prompted import PromptedLM
 from softprompts.prompts import SoftPrompt, prompt_from_table
 from softprompts.prompts.prefix import flatten_states
 from softprompts.types import Batch
+from zoo_decoders import DECODERS
 
 TOLERANCE = 1e-4
 SIDES = ["left", "right"]
@@ -241,3 +242,39 @@ def test_encoder_decoders_have_no_infix() -> None:
     frozen = FrozenLM.from_model(transformers.T5ForConditionalGeneration(config), byte_tokenizer())
     with pytest.raises(UnsupportedModelError, match="no infix"):
         PromptedLM(frozen, [random_prompt(frozen, "prefix", "infix", 3, seed=1)])
+
+
+ELSEWHERE = ["bloom", "gpt-neo", "gemma2-small-window", "gpt-oss", "deepseek-v3", "lfm2", "jamba", "mamba"]
+"""Prompts through the cache, capped scores, sinks, latent attention, recurrent states."""
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_embeddings_stand_for_words_where_packed_rows_do_not_run(name: str) -> None:
+    """Side by side with a prompt in front and with none, padded on either side, and continued."""
+    frozen = FrozenLM.from_model(DECODERS[name].build().eval(), byte_tokenizer())
+    assert frozen.causal is not None
+    words = [random_ids(7, 1), random_ids(3, 2)]
+    in_front = prompt_from_table("embedding", frozen.geometry, frozen.embed(words[1]))
+    prompted = PromptedLM(frozen, [embedding_infix(frozen, words[0]), in_front])
+    which = [0, 1, 0, 1, -1]
+    texts = []
+    for x, y, w in zip(INPUTS, OUTPUTS, which, strict=True):
+        texts.append([*x, *words[0], *y] if w == 0 else [*(words[1] if w == 1 else []), *x, *y])
+    of_row = [
+        frozen.causal.own_logits(torch.tensor([text]))[0, -len(y) :] for text, y in zip(texts, OUTPUTS, strict=True)
+    ]
+    seen = [number for number, w in enumerate(which) if w == 0 or not frozen.geometry.sites or not _windows(frozen)]
+    for side in SIDES:
+        with torch.no_grad():
+            found = prompted.label_logits(batch_of(INPUTS, OUTPUTS, which, side))
+        for number in seen:  # where a window is short, a prompt in front stays visible and words do not
+            assert_close(found.logits_MV[found.row_M == number], of_row[number][:-1])
+        inputs = replace(batch_of(INPUTS, [y[:1] for y in OUTPUTS], which, side), labels_BT=None)
+        logits_BV, state = prompted.start(inputs)
+        then_BV = prompted.step(torch.tensor([y[1] for y in OUTPUTS]), state)
+        for number in seen:
+            assert_close(torch.stack([logits_BV[number], then_BV[number]]), of_row[number][:2])
+
+
+def _windows(frozen: FrozenLM) -> bool:
+    return any(site.window is not None for site in frozen.geometry.sites)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from softprompts.models.kernels import packed_attention
 from softprompts.models.operators import packed_attention_operator
 from softprompts.models.packing import Packing
 from softprompts.models.sharing import PromptsOfRows, worth_sharing
+from softprompts.models.source_attention import source_attention
 from softprompts.types import LayerKey, PromptStates
 
 __all__ = ["IMPLEMENTATION", "Seen", "Steering", "attend", "register_attention"]
@@ -329,7 +331,9 @@ def _attend_packed(
     scale = kwargs.get("scaling")
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query_1AMH, key_1NMH, value_1NMH))
     attention: Callable[..., Tensor] = flex_packed_attention
-    if not query.is_cuda:
+    if packing.held is not None and layer is not None:
+        attention = partial(source_attention, layer=layer)
+    elif not query.is_cuda:
         attention = packed_attention_operator if torch.compiler.is_compiling() else packed_attention
     return attention(
         query,

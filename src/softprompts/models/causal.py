@@ -191,7 +191,8 @@ class CausalModel:
             inputs["steering"] = steering
         elif not probed.geometry.sites and cache is not None and cache.has_previous_state():
             inputs["attention_mask"] = None  # without keys, what comes later is all new, and none of it is a pad
-        if self._compiled is not None and steering.packing is not None and torch.is_grad_enabled():
+        packing = steering.packing
+        if self._compiled is not None and packing is not None and packing.held is None and torch.is_grad_enabled():
             try:
                 compiled: Tensor = self._compiled(**inputs).last_hidden_state
                 return compiled

@@ -19,7 +19,18 @@ from torch import Tensor
 
 from softprompts.models.packing import Block, Packing, PromptSpan, Slots
 
-__all__ = ["Layout", "Shape", "attention_backward", "attention_forward", "merge", "packed_attention", "seen_spans"]
+__all__ = [
+    "Layout",
+    "Shape",
+    "all_heads",
+    "attention_backward",
+    "attention_forward",
+    "flash",
+    "flash_backward",
+    "merge",
+    "packed_attention",
+    "seen_spans",
+]
 
 
 class Layout(NamedTuple):
@@ -136,18 +147,18 @@ def attention_forward(
     """Give the output ``[M, A, H]`` and the log-sum-exp of the scores ``[M, A]``."""
     slots = layout.slots
     q, k, v = (tensor.index_select(0, slots.tokens_S) for tensor in (query, key, value))
-    k, v = _all_heads(k, shape), _all_heads(v, shape)
+    k, v = all_heads(k, shape), all_heads(v, shape)
     parts = []
     for block in slots.blocks:
         rows = [_rows(tensor, block) for tensor in (q, k, v)]
-        parts.append(_flash(rows[0], rows[1], rows[2], shape.scale, *_visibility(block, shape, q)))
+        parts.append(flash(rows[0], rows[1], rows[2], shape.scale, *_visibility(block, shape, q)))
     out = _gathered([part for part, _ in parts], slots)
     lse = _gathered([part_lse[..., None] for _, part_lse in parts], slots)[..., 0]
     for span, keys, values in _prompts(layout, key, value, prefixes):
         inside = slice(span.start, span.end)
         q = query[inside].transpose(0, 1)[None]
-        k, v = _all_heads(keys[None], shape), _all_heads(values[None], shape)
-        part, part_lse = _flash(q, k, v, shape.scale, False, None)
+        k, v = all_heads(keys[None], shape), all_heads(values[None], shape)
+        part, part_lse = flash(q, k, v, shape.scale, False, None)
         out[inside], lse[inside] = merge(out[inside], lse[inside], part[0].transpose(0, 1), part_lse[0].transpose(0, 1))
     return out, lse
 
@@ -175,8 +186,8 @@ def attention_backward(
         rows = slice(span.start, span.end)
         q, o, g = (tensor[rows].transpose(0, 1)[None] for tensor in (query, out, grad_out))
         log_sum = lse[rows].transpose(0, 1)[None]
-        k, v = _all_heads(keys[None], shape), _all_heads(values[None], shape)
-        part_q, part_k, part_v = _flash_backward(g, q, k, v, o, log_sum, shape.scale, False, None)
+        k, v = all_heads(keys[None], shape), all_heads(values[None], shape)
+        part_q, part_k, part_v = flash_backward(g, q, k, v, o, log_sum, shape.scale, False, None)
         part_k, part_v = _kv_heads(part_k, shape)[0], _kv_heads(part_v, shape)[0]
         if text:
             text[0][rows] += part_q[0].transpose(0, 1)
@@ -216,13 +227,13 @@ def _text_gradients(
     q, k, v, o, g = (tensor.index_select(0, tokens_S) for tensor in (query, key, value, out, grad_out))
     # A pad's weights are exp(score - infinity) = 0, so whatever stands there gives no gradient to anything.
     log_sum = lse.index_select(0, tokens_S) + slots.pad_S1
-    k, v = _all_heads(k, shape), _all_heads(v, shape)
+    k, v = all_heads(k, shape), all_heads(v, shape)
     parts = []
     for block in slots.blocks:
         rows = [_rows(tensor, block) for tensor in (g, q, k, v, o, log_sum[..., None])]
         causal, mask = _visibility(block, shape, q)
         parts.append(
-            _flash_backward(rows[0], rows[1], rows[2], rows[3], rows[4], rows[5][..., 0], shape.scale, causal, mask)
+            flash_backward(rows[0], rows[1], rows[2], rows[3], rows[4], rows[5][..., 0], shape.scale, causal, mask)
         )
     grad_q, grad_k, grad_v = (_gathered([part[number] for part in parts], slots) for number in range(3))
     return [grad_q, _kv_heads(grad_k, shape), _kv_heads(grad_v, shape)]
@@ -240,7 +251,8 @@ def _gathered(parts_RATH: Sequence[Tensor], slots: Slots) -> Tensor:
     return (flat[0] if len(flat) == 1 else torch.cat(flat)).index_select(0, slots.slot_M)
 
 
-def _all_heads(states_XNH: Tensor, shape: Shape) -> Tensor:
+def all_heads(states_XNH: Tensor, shape: Shape) -> Tensor:
+    """Repeat KV heads for the attention heads that share them, along the second dimension."""
     return states_XNH if shape.groups == 1 else states_XNH.repeat_interleave(shape.groups, dim=1)
 
 
@@ -258,14 +270,15 @@ def _visibility(block: Block, shape: Shape, like: Tensor) -> tuple[bool, Tensor 
     return False, like.new_zeros(back_TT.shape).masked_fill_(hidden_TT, -torch.inf)[None, None]
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention ``[R, A, T, H]`` and the log-sum-exp of its scores ``[R, A, T]``."""
     result: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=mask, scale=scale
     )
     return result
 
 
-def _flash_backward(
+def flash_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -276,6 +289,7 @@ def _flash_backward(
     causal: bool,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values, given the output and the log-sum-exp over all parts."""
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
     )

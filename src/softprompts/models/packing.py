@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from softprompts.models.sources import Held
 from softprompts.types import LayerKey, PromptStates
 
 __all__ = ["Block", "Packing", "PromptSpan", "RowPlace", "Slots", "attention_slots", "pack"]
@@ -110,6 +111,8 @@ class Packing:
     """Per prompt in use: its keys and values ``[N, P, H]``, empty for an embedded one."""
     block_masks: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What FlexAttention made of this packing, per kind of layer."""
+    held: Held | None = None
+    """What stands in front of the rows and is not computed again."""
 
     @property
     def tokens(self) -> int:
@@ -122,7 +125,7 @@ def pack(
     states: Sequence[PromptStates],
     prompt_of_row_B: Tensor,
     start_B: Tensor | None = None,
-    held_B: Tensor | None = None,
+    offset_B: Tensor | None = None,
 ) -> Packing:
     """Lay the rows of a batch out one after the other, those of one prompt side by side.
 
@@ -137,14 +140,13 @@ def pack(
         states: The prompts in use, folded or as embeddings.
         prompt_of_row_B: Index into ``states``, -1 for none.
         start_B: Real tokens in front of each row's prompt; ``None`` for none anywhere.
-        held_B: Real tokens at the start of each row, none of them behind its prompt, that are left out because their
-            keys and values are known; ``None`` for none anywhere.
+        offset_B: Position of each row's first token, its prompt not counted; ``None`` for 0 everywhere.
     """
     device = mask_BT.device
     lengths = mask_BT.sum(dim=1).tolist()
     prompts = prompt_of_row_B.tolist()
     starts = [0] * len(lengths) if start_B is None else start_B.tolist()
-    held = [0] * len(lengths) if held_B is None else held_B.tolist()
+    offsets = [0] * len(lengths) if offset_B is None else offset_B.tolist()
     embedded: list[tuple[int, int] | None] = []
     start = 0
     for state in states:
@@ -158,10 +160,9 @@ def pack(
     index_M, spans, first = [real_X[:0]], [], start
     for prompt in sorted(set(prompts)):
         rows = [row for row, own in enumerate(prompts) if own == prompt]
-        in_front = [_Piece(row, held[row], starts[row] - held[row], held[row]) for row in rows]
+        in_front = [_Piece(row, 0, starts[row], offsets[row]) for row in rows]
         shift = states[prompt].length if prompt >= 0 else 0
-        fronts = [max(starts[row], held[row]) for row in rows]
-        behind = [_Piece(r, front, lengths[r] - front, front + shift) for r, front in zip(rows, fronts, strict=True)]
+        behind = [_Piece(r, starts[r], lengths[r] - starts[r], offsets[r] + starts[r] + shift) for r in rows]
         pieces = [piece for piece in (*in_front, *behind) if piece.length > 0]
         index_M += [real_X[before[p.row] + p.first :][: p.length] for p in pieces]
         position_M += [torch.arange(p.position, p.position + p.length) for p in pieces]

@@ -94,7 +94,7 @@ class SharedPasses:
         prompts = [cast(SoftPrompt, self.objectives[number].prompted.prompts[0]) for number in numbers]
         own = self.objectives[0].prompted
         prompted = PromptedLM(own.frozen, prompts)
-        prompted.packing = own.packing
+        prompted.packing, prompted.sources = own.packing, own.sources
         return prompted
 
     def _counted(self, number: int, part: Batch, whole: Batch) -> StepSum:
