@@ -16,7 +16,8 @@ from conftest import SIZES, ZOO, byte_tokenizer, tiny_model
 from softprompts.baselines import FineTuningObjective
 from softprompts.errors import ConfigError, UnsupportedModelError
 from softprompts.models import FrozenLM
-from softprompts.models.quantization import GROUP, QuantizedLinear, quantize_weights, weight_bytes
+from softprompts.models.memory import weight_bytes
+from softprompts.models.quantization import GROUP, QuantizedLinear, quantize_weights
 from softprompts.prompted import PromptedLM
 from softprompts.prompts import prompt_from_table
 from softprompts.storage import load_prompt, save_prompt

@@ -34,7 +34,6 @@ __all__ = [
     "check_quantization",
     "original_of",
     "quantize_weights",
-    "weight_bytes",
 ]
 
 Quantization = Literal["int8", "int4"]
@@ -222,12 +221,3 @@ def _matrices(model: PreTrainedModel) -> list[nn.Parameter]:
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     left_out = {id(module.weight) for module in (*embeddings, model.get_output_embeddings()) if module is not None}
     return [parameter for parameter in model.parameters() if parameter.ndim > 1 and id(parameter) not in left_out]
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Memory of all weights and buffers of a model; what is shared counts once."""
-    storages = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
