@@ -11,6 +11,7 @@ from conftest import byte_tokenizer, tiny_model
 from softprompts.config import DecodingConfig
 from softprompts.errors import ConfigError, LengthError
 from softprompts.inference import Engine
+from softprompts.inference.sampling import OnePath
 from softprompts.models import FrozenLM
 from softprompts.prompted import PromptedLM
 from softprompts.prompts import prompt_from_table
@@ -227,3 +228,24 @@ def test_every_family_decodes_a_batch_as_its_rows(frozen, name):
     together = engine.generate(rows, config)
     alone = engine.generate(rows, replace(config, batch_size=1))
     assert [one.ids for one in together] == [one.ids for one in alone]
+
+
+@pytest.mark.parametrize("name", ["greedy", "beam-3"])
+def test_folded_states_serve_several_calls(pair, monkeypatch, name):
+    frozen, _ = pair
+    prompted = PromptedLM(frozen, word_prompts(frozen, "an answer: "))
+    engine, rows = Engine(prompted), rows_of(frozen, TEXTS, prompt=0)
+    expected = engine.generate(rows, OPTIONS[name])
+    states = engine.fold()
+    monkeypatch.setattr(prompted, "states", lambda: pytest.fail("the prompts were computed again"))
+    for _ in range(2):
+        assert engine.generate(rows, OPTIONS[name], states=states) == expected
+
+
+def test_a_ban_of_the_best_token_takes_the_next_best():
+    logits_RV = torch.tensor([[0.0, 3.0, 2.0], [5.0, 1.0, 4.0]])
+    forbidden_1V = torch.tensor([[False, True, False]])
+    step = OnePath([0, 1], DecodingConfig(max_new_tokens=3), eos_id=9).advance(logits_RV, forbidden_1V)
+    assert step.tokens_R.tolist() == [2, 0]
+    step = OnePath([0, 1], DecodingConfig(max_new_tokens=3), eos_id=9).advance(logits_RV, forbidden_1V[:, [0, 2, 0]])
+    assert step.tokens_R.tolist() == [1, 0]

@@ -241,9 +241,10 @@ def generate(
     # Rows of one batch share their decoding options; prompts of one task usually do.
     decodings = [recipes[max(request.prompt, 0)].evaluation.decoding for request in requests]
     texts: dict[int, str] = {}
+    states = engine.fold()
     for decoding in dict.fromkeys(decodings):
         indices = [index for index, own in enumerate(decodings) if own == decoding]
-        outputs = engine.generate([rows[index] for index in indices], decoding, seed=seed)
+        outputs = engine.generate([rows[index] for index in indices], decoding, states=states, seed=seed)
         for index, one in zip(indices, outputs, strict=True):
             name = names[requests[index].prompt] if requests[index].prompt >= 0 else None
             line = {"prompt": name, "input": requests[index].input, "output": one.text.strip()}

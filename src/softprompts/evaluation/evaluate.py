@@ -24,7 +24,7 @@ from softprompts.evaluation.scorers import METRICS
 from softprompts.inference import Engine
 from softprompts.prompted import PromptedLM
 from softprompts.tasks.encode import collate
-from softprompts.types import Encoded, MetricValue, Prediction
+from softprompts.types import Encoded, MetricValue, Prediction, PromptStates
 
 __all__ = ["EvaluationReport", "TargetLosses", "evaluate", "target_losses", "write_report"]
 
@@ -62,13 +62,20 @@ class TargetLosses:
 
 
 @torch.no_grad()
-def target_losses(prompted: PromptedLM, rows: Sequence[Encoded], *, batch_size: int = 32) -> TargetLosses:
+def target_losses(
+    prompted: PromptedLM,
+    rows: Sequence[Encoded],
+    *,
+    batch_size: int = 32,
+    states: Sequence[PromptStates] | None = None,
+) -> TargetLosses:
     """Measure how likely the targets are, each behind its input and its prompt.
 
     Args:
         prompted: The model and its prompts.
         rows: Encoded with target.
         batch_size: Rows per forward pass; it changes nothing but speed and memory.
+        states: What the prompts come down to; computed here if left out.
 
     Raises:
         DataError: There are no rows, or one has no target.
@@ -79,7 +86,8 @@ def target_losses(prompted: PromptedLM, rows: Sequence[Encoded], *, batch_size: 
     without = next((row for row in rows if not row.target_ids), None)
     if without is not None:
         raise DataError(f"record '{without.example.id}' has no target; encode the records with their targets")
-    frozen, states = prompted.frozen, prompted.states()
+    frozen = prompted.frozen
+    states = prompted.states() if states is None else states
     nll_N = torch.zeros(len(rows), dtype=torch.float64)
     order = sorted(range(len(rows)), key=lambda index: -rows[index].length)
     for start in range(0, len(order), batch_size):
@@ -193,11 +201,11 @@ def evaluate(
         raise DataError("inputs and targets are not the same records in the same order; encode one list twice")
     engine.check(inputs, decoding)
     started = time.perf_counter()
-    losses = None
+    losses, states = None, engine.fold()
     if targets is not None:  # first, because it is quick and finds targets that do not fit
-        losses = target_losses(engine.prompted, targets, batch_size=decoding.batch_size)
+        losses = target_losses(engine.prompted, targets, batch_size=decoding.batch_size, states=states)
     measured = time.perf_counter()
-    predictions = predict(engine, inputs, decoding, seed=seed, on_progress=on_progress)
+    predictions = predict(engine, inputs, decoding, states=states, seed=seed, on_progress=on_progress)
     generated = time.perf_counter()
     texts = [one.text for one in predictions]
     references = [one.example.all_references for one in predictions]

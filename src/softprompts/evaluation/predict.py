@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from softprompts.config import DecodingConfig
 from softprompts.inference import Engine
-from softprompts.types import Encoded, Prediction
+from softprompts.types import Encoded, Prediction, PromptStates
 
 __all__ = ["predict"]
 
@@ -16,6 +16,7 @@ def predict(
     rows: Sequence[Encoded],
     decoding: DecodingConfig,
     *,
+    states: Sequence[PromptStates] | None = None,
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
@@ -26,6 +27,7 @@ def predict(
         rows: Encoded inputs, each with its own prompt; best encoded without target, because truncation of a long
             input would otherwise depend on the target's length.
         decoding: How.
+        states: What :meth:`Engine.fold` returned; computed here if left out.
         seed: For sampling.
         on_progress: Called with the number of outputs that just became ready.
 
@@ -36,7 +38,7 @@ def predict(
         LengthError: A row does not fit into the context. Nothing has run then.
         ConfigError: The decoding options make no sense.
     """
-    generations = engine.generate(rows, decoding, seed=seed, on_progress=on_progress)
+    generations = engine.generate(rows, decoding, states=states, seed=seed, on_progress=on_progress)
     return [
         Prediction(row.example, one.text.strip(), one.logprob, one.finished, len(one.ids))
         for row, one in zip(rows, generations, strict=True)

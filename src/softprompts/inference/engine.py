@@ -57,11 +57,20 @@ class Engine:
         self.frozen = prompted.frozen
 
     @torch.no_grad()
+    def fold(self) -> list[PromptStates]:
+        """Compute what all prompts come down to, for several calls of :meth:`generate`.
+
+        It holds as long as nobody changes a prompt: after a training step, fold again.
+        """
+        return self.prompted.states()
+
+    @torch.no_grad()
     def generate(
         self,
         rows: Sequence[Encoded],
         decoding: DecodingConfig,
         *,
+        states: Sequence[PromptStates] | None = None,
         seed: int = 0,
         banned_ids: Sequence[Sequence[int]] = (),
         on_progress: Callable[[int], None] | None = None,
@@ -74,6 +83,7 @@ class Engine:
         Args:
             rows: Inputs; targets, where they have any, are cut off at ``target_start``.
             decoding: Strategy, limits and bans. ``beam`` with one beam is greedy.
+            states: What :meth:`fold` returned; computed here, once for all batches, if left out.
             seed: For sampling.
             banned_ids: Id sequences that are banned beside ``decoding.banned``.
             on_progress: Called with the number of outputs that just became ready.
@@ -88,7 +98,7 @@ class Engine:
         """
         self.check(rows, decoding)
         banned = [*banned_sequences(decoding.banned, self.frozen.tokenize), *map(tuple, banned_ids)]
-        states = self.prompted.states()
+        states = self.fold() if states is None else states
         generations: dict[int, Generation] = {}
         for batch in _schedule(rows, decoding.batch_size):
             for index, hypothesis in self._run(rows, batch, decoding, states, seed=seed, banned=banned):
@@ -102,7 +112,7 @@ class Engine:
         rows: Sequence[Encoded],
         requests: list[int],
         decoding: DecodingConfig,
-        states: list[PromptStates],
+        states: Sequence[PromptStates],
         *,
         seed: int,
         banned: Sequence[Sequence[int]],

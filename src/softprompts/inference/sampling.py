@@ -257,6 +257,17 @@ def draw(logits_RV: Tensor, uniforms_R: Sequence[float]) -> Tensor:
     return torch.searchsorted(heights_RV, aim_R1, right=True)[:, 0]
 
 
+def _best_allowed(logits_RV: Tensor, forbidden_RV: Tensor | None) -> Tensor:
+    """The best token of each row that may come; bans that strike no best token cost no pass over the vocabulary."""
+    best_R = logits_RV.argmax(dim=-1)
+    if forbidden_RV is None:
+        return best_R
+    struck_R1 = forbidden_RV.expand(len(best_R), -1).gather(1, best_R[:, None])
+    if not bool(struck_R1.any()):
+        return best_R
+    return logits_RV.masked_fill(forbidden_RV, FORBIDDEN).argmax(dim=-1)
+
+
 class OnePath:
     """Greedy decoding and sampling: one row per request, each drawing from a generator of its own.
 
@@ -281,12 +292,12 @@ class OnePath:
 
     def advance(self, logits_RV: Tensor, forbidden_RV: Tensor | None) -> Step:
         """Choose one token per request; see :class:`Search`."""
-        scores_RV = logits_RV if forbidden_RV is None else logits_RV.masked_fill(forbidden_RV, FORBIDDEN)
         if self._decoding.strategy == "sample":
+            scores_RV = logits_RV if forbidden_RV is None else logits_RV.masked_fill(forbidden_RV, FORBIDDEN)
             uniforms = [self._random[request].random() for request in self._requests]
             tokens_R = draw(warp(scores_RV, self._decoding), uniforms)
         else:
-            tokens_R = scores_RV.argmax(dim=-1)
+            tokens_R = _best_allowed(logits_RV, forbidden_RV)
         logprobs_R = logits_RV.log_softmax(dim=-1).gather(1, tokens_R[:, None])[:, 0]
         self.new_tokens += 1
         cut = self.new_tokens == self._decoding.max_new_tokens
