@@ -20,10 +20,11 @@ def test_subjects_take_turns():
 
 
 def test_spread():
-    spread = Spread.of([5.0, 1.0, 3.0, 2.0, 4.0])
+    spread = Spread.of([5.0, 1.0, 3.0, 2.0, 4.0], [1.0, 9.0, 2.0, 8.0, 3.0])
+    assert spread.processor == 3.0
     assert (spread.median, spread.fastest, spread.repeats) == (3.0, 1.0, 5)
     assert spread.fastest <= spread.lower <= spread.median <= spread.upper <= 5.0
-    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0, 2.0, 1)
+    assert Spread.of([2.0], [4.0]) == Spread(2.0, 2.0, 2.0, 2.0, 4.0, 1)
 
 
 def test_attention_of_the_cpu_is_counted():

@@ -41,12 +41,19 @@ class GenerateBench:
     seed: int = 0
 
 
-def measure_generation(frozen: FrozenLM, bench: GenerateBench) -> dict[str, Any]:
+def measure_generation(
+    frozen: FrozenLM, bench: GenerateBench, *, on_round: Callable[[int], object] | None = None
+) -> dict[str, Any]:
     """Measure one case in one run; ours, the plain model and the peer take turns.
 
     All decode greedily and exactly ``new_tokens`` per row. The plain model is transformers' own ``generate`` on the
     same weights and rows, without prompts. PEFT has one adapter per prompt and generates all rows of one prompt in one
     batch; rows with different prompts it must generate one by one.
+
+    Args:
+        frozen: The model.
+        bench: What is measured.
+        on_round: Called with the number of every round.
 
     Returns:
         The report, ready for JSON; what needs PEFT is ``None`` where it is not installed.
@@ -78,7 +85,7 @@ def measure_generation(frozen: FrozenLM, bench: GenerateBench) -> dict[str, Any]
             outputs["peer"] = [ids for call in calls for ids in peer.generate(call)]
 
         subjects["peer"] = theirs
-    spreads = interleaved(subjects, repeats=bench.repeats, device=frozen.device)
+    spreads = interleaved(subjects, repeats=bench.repeats, device=frozen.device, on_round=on_round)
     counts = {"ours": len(rows), "plain": len(rows), "peer": len(asked)}
     speed = {name: counts[name] * bench.new_tokens / spread.median for name, spread in spreads.items()}
     return {

@@ -31,17 +31,24 @@ class Spread:
     upper: float
     """Third quartile."""
     fastest: float
+    processor: float
+    """Median of the processor's seconds, all threads together: what is left where others use the machine too."""
     repeats: int
 
     @classmethod
-    def of(cls, seconds: list[float]) -> Spread:
+    def of(cls, seconds: list[float], processor: list[float]) -> Spread:
         """Summarize; one value is its own quartiles."""
         lower, _, upper = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
-        return cls(statistics.median(seconds), lower, upper, min(seconds), len(seconds))
+        return cls(statistics.median(seconds), lower, upper, min(seconds), statistics.median(processor), len(seconds))
 
 
 def interleaved(
-    subjects: Mapping[str, Callable[[int], object]], *, repeats: int, device: torch.device, warmup: int = 1
+    subjects: Mapping[str, Callable[[int], object]],
+    *,
+    repeats: int,
+    device: torch.device,
+    warmup: int = 1,
+    on_round: Callable[[int], object] | None = None,
 ) -> dict[str, Spread]:
     """Time several subjects in turns.
 
@@ -49,19 +56,24 @@ def interleaved(
         subjects: By name; each is called with the number of the round.
         repeats: Rounds that count.
         device: On CUDA the clock is read when the device is done.
-        warmup: Rounds before those; they run the first numbers.
+        warmup: Rounds before those; they run number 0.
+        on_round: Called with the number of every round that counts, before it runs.
     """
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    processor: dict[str, list[float]] = {name: [] for name in subjects}
     for number in range(-warmup, repeats):
         gc.collect()
+        if on_round is not None and number >= 0:
+            on_round(number)
         for name, run in subjects.items():
             _wait(device)
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             run(max(number, 0))
             _wait(device)
             if number >= 0:
                 seconds[name].append(time.perf_counter() - started)
-    return {name: Spread.of(taken) for name, taken in seconds.items()}
+                processor[name].append(time.process_time() - worked)
+    return {name: Spread.of(seconds[name], processor[name]) for name in subjects}
 
 
 def _wait(device: torch.device) -> None:

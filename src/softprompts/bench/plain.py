@@ -18,4 +18,6 @@ def separate_model(frozen: FrozenLM) -> PreTrainedModel:
     model: PreTrainedModel = copy.deepcopy(frozen.model, weights)
     model.set_attn_implementation("sdpa")
     model.eval()
+    if getattr(model, "loss_type", None) is None:
+        model.loss_type = "ForCausalLM"  # what transformers takes anyway, and says so
     return model

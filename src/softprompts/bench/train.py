@@ -35,6 +35,8 @@ __all__ = ["TrainBench", "measure_training"]
 
 _Subjects = dict[str, Callable[[int], object]]
 
+_EAGER = {"ours": Way(), "peer": Way()}
+
 _log = logging.getLogger(__name__)
 
 
@@ -63,10 +65,17 @@ class _Setup(NamedTuple):
     """Per round one batch for each prompt."""
 
 
-def measure_training(frozen: FrozenLM, bench: TrainBench) -> dict[str, Any]:
+def measure_training(
+    frozen: FrozenLM, bench: TrainBench, *, on_round: Callable[[int], object] | None = None
+) -> dict[str, Any]:
     """Measure one case in one run.
 
     Ours, the peer, the floor and the plain model take turns, round after round, each round on another batch.
+
+    Args:
+        frozen: The model.
+        bench: What is measured.
+        on_round: Called with the number of every round.
 
     Returns:
         The report, ready for JSON. What needs PEFT is ``None`` where it cannot run, and ``peer_missing`` says why.
@@ -93,18 +102,26 @@ def measure_training(frozen: FrozenLM, bench: TrainBench) -> dict[str, Any]:
     }
     setup = _Setup(frozen, case, objectives, peer, rounds)
     with tempfile.TemporaryDirectory() as folder:
-        ways, tried = _fastest(setup, Path(folder) / "tried") if bench.best else ({"ours": Way(), "peer": Way()}, {})
+        ways, tried = _fastest(setup, Path(folder) / "tried") if bench.best else (_EAGER, {})
         exactness = _exactness(setup, ways)
-        subjects = {**_updates(setup, Path(folder) / "timed", ways), **_references(setup, ways["ours"])}
-        spreads = interleaved(subjects, repeats=bench.repeats, device=frozen.device)
+        # Compiled code is not counted, so operations are those of the eager way; counting also warms up.
+        eager = {**_updates(setup, Path(folder) / "eager", _EAGER), **_references(setup, Way())}
+        operations = {name: flops(partial(run, 0)) for name, run in eager.items()}
+        subjects = eager
+        if bench.best:
+            subjects = {**_updates(setup, Path(folder) / "best", ways), **_references(setup, ways["ours"])}
+        spreads = interleaved(
+            subjects,
+            repeats=bench.repeats,
+            device=frozen.device,
+            warmup=2 if bench.best else 0,
+            on_round=on_round,
+        )
         memory = {
             name: peak_bytes(partial(run, 0), device=frozen.device)
             for name, run in subjects.items()
             if name in ("ours", "peer")
         }
-        # Compiled code is not counted, so operations are those of the eager way.
-        eager = {**_updates(setup, Path(folder) / "eager", {"ours": Way(), "peer": Way()}), **_references(setup, Way())}
-        operations = {name: flops(partial(run, 0)) for name, run in eager.items()}
     return {
         "case": case.name,
         "model": frozen.name,
@@ -227,7 +244,7 @@ def _fastest(setup: _Setup, folder: Path) -> tuple[dict[str, Way], dict[str, flo
             subjects[name], ways[name] = run, (side, way)
     spreads = interleaved(subjects, repeats=3, device=setup.frozen.device, warmup=2)
     seconds = {name: spread.median for name, spread in spreads.items()}
-    best = {"ours": Way(), "peer": Way()}
+    best = dict(_EAGER)
     for name in sorted(seconds, key=lambda name: -seconds[name]):
         side, way = ways[name]
         best[side] = way

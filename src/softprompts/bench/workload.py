@@ -41,7 +41,6 @@ def random_gpt2(*, seed: int = 0, device: torch.device | str = "cpu", dtype: tor
     The weights do not matter to the time of a step. Dropout is off, as in every frozen model.
     """
     config = GPT2Config(n_layer=6, n_embd=512, n_head=8, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
-    config.loss_type = "ForCausalLM"  # what it is anyway; transformers would say so once more
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT2LMHeadModel(config)

@@ -75,19 +75,24 @@ def bench(
         raise ConfigError("--precision best is for bench train; generation is measured in float32")
     console = console_for(json)
     frozen = _model(model, device, seed)
-    if what is _What.train:
-        from softprompts.bench import TrainBench, measure_training
+    with console.status("preparing") as status:
 
-        report = measure_training(
-            frozen,
-            TrainBench(case or "prompt-100", batch_size, repeats, best=precision is _Precision.best, seed=seed),
-        )
-        _show_training(report, console)
-    else:
-        from softprompts.bench import GenerateBench, measure_generation
+        def on_round(number: int) -> None:
+            status.update(f"round {number + 1} of {repeats}")
 
-        report = measure_generation(frozen, GenerateBench(case or "mixed-32", new_tokens, repeats, seed=seed))
-        _show_generation(report, console)
+        if what is _What.train:
+            from softprompts.bench import TrainBench, measure_training
+
+            best = precision is _Precision.best
+            plan = TrainBench(case or "prompt-100", batch_size, repeats, best=best, seed=seed)
+            report = measure_training(frozen, plan, on_round=on_round)
+        else:
+            from softprompts.bench import GenerateBench, measure_generation
+
+            asked = GenerateBench(case or "mixed-32", new_tokens, repeats, seed=seed)
+            report = measure_generation(frozen, asked, on_round=on_round)
+    show = _show_training if what is _What.train else _show_generation
+    show(report, console)
     write_json(json, report)
 
 
