@@ -12,7 +12,7 @@ THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 PYTEST = $(THREADS) $(BIN)/python -m pytest
 
-.PHONY: help quickstart test lint types check nightly reference format clean
+.PHONY: help quickstart test lint types check nightly reference matrix format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-18s %s\n' "$$name" "$$text"; done
@@ -36,6 +36,9 @@ nightly: $(VENV)/.dev ## every test that needs no network and no GPU, the slow o
 
 reference: $(VENV)/.dev ## write docs/reference anew from the code
 	@$(BIN)/python scripts/generate_reference.py
+
+matrix: $(VENV)/.dev ## run every contract on every family, PEFT beside it, and write docs/reference/families.md
+	@$(THREADS) $(BIN)/python scripts/family_matrix.py --peft
 
 format: $(VENV)/.dev ## let ruff mend what it can
 	@$(BIN)/ruff check --fix src tests scripts benchmarks

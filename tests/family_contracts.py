@@ -24,7 +24,21 @@ from softprompts.prompts.prefix import flatten_states
 from softprompts.types import Batch
 from zoo_decoders import Shape
 
-__all__ = ["COLUMNS", "RIGHT", "Cell", "NotApplicableError", "Subject", "WrongError", "judge"]
+__all__ = [
+    "COLUMNS",
+    "EXPLAINED",
+    "RIGHT",
+    "TOLERANCE",
+    "WORDS",
+    "Cell",
+    "NotApplicableError",
+    "Subject",
+    "WrongError",
+    "demand_equal",
+    "judge",
+    "padded",
+    "rows_of_text",
+]
 
 TOLERANCE = 2e-4
 """Largest difference of logits that is called equal, relative to the largest logit."""
@@ -301,11 +315,26 @@ COLUMNS: dict[str, Callable[[Subject], None]] = {
     "training = first step": _first_step,
     "cache on = off": _cache,
     "gradient everywhere": _gradient,
-    "head at labels = everywhere": _label_head,
+    "head at labels": _label_head,
     "frozen unchanged": _unchanged,
     "checkpointing on = off": _checkpointing,
 }
 """What every shape is held to, in this order (the last one leaves the model changed)."""
+
+EXPLAINED = {
+    "embedding = words": "an embedding prompt of real words' embeddings gives the plain model's logits for the words",
+    "prefix = words": "a prefix of the keys and values that real words evoke gives the plain model's logits",
+    "left-padded batch = rows": "a batch with an embedding prompt, a prefix, and a row without prompt equals its rows",
+    "right-padded batch = rows": "the same with pads on the other side",
+    "packed = padded": "rows one behind the other, without pads, give the logits of a padded batch",
+    "training = first step": "the forward of training predicts what the first step of generation predicts",
+    "cache on = off": "continuing token by token, rows reordered on the way, equals reading everything at once",
+    "gradient everywhere": "every number of the prompt gets a finite gradient that is not zero",
+    "head at labels": "logits at label positions only equal the plain model's",
+    "frozen unchanged": "weights bit for bit the same, no gradient, hook or setting left on the model",
+    "checkpointing on = off": "recomputing activations in the backward pass changes no loss and no gradient",
+}
+"""The columns in words."""
 
 
 def judge(subject: Subject, column: str) -> Cell:

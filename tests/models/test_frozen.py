@@ -13,7 +13,6 @@ import transformers
 from conftest import ZOO, byte_tokenizer, tiny_model
 from softprompts.errors import ConfigError, DataNotFoundError, LengthError, PromptMismatchError, UnsupportedModelError
 from softprompts.models import FrozenLM
-from softprompts.models.families import TESTED_FAMILIES
 from softprompts.prompted import PromptedLM
 from softprompts.prompts import prompt_from_table
 from softprompts.types import Batch
@@ -181,7 +180,3 @@ def test_common_ids_leave_out_specials_and_broken_bytes(tiny_frozen: Callable[[s
     assert len(ids) == 50
     assert not set(ids) & {256, 257}
     assert all(frozen.tokenizer.decode([token]).strip() for token in ids)
-
-
-def test_tested_families_are_those_of_the_zoo(tiny_frozen: Callable[[str], FrozenLM]) -> None:
-    assert sorted(tiny_frozen(family).geometry.family for family in ZOO) == list(TESTED_FAMILIES)

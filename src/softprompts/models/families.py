@@ -6,8 +6,17 @@ from typing import Any
 
 __all__ = ["REFUSED_FAMILIES", "TESTED_FAMILIES", "own_windows"]
 
-TESTED_FAMILIES = ("gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi", "qwen3")
-"""Families whose every contract is in the test matrix. Others are probed and checked against their own text at load."""
+# fmt: off
+TESTED_FAMILIES = (
+    "biogpt", "bloom", "codegen", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "exaone4", "falcon", "gemma",
+    "gemma2", "gemma3_text", "gemma4_text", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj",
+    "granite", "helium", "jamba", "lfm2", "llama", "mamba", "mamba2", "ministral", "mistral", "mixtral", "mpt",
+    "nemotron", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "qwen3_next", "smollm3", "stablelm", "starcoder2", "xglm",
+)
+# fmt: on
+"""Decoder-only families whose contracts are in the test matrix (docs/reference/families.md). Others are probed and
+checked against their own text at load."""
 
 REFUSED_FAMILIES = {
     "llama4_text": "it counts chunks and scales queries by column and not by position, which a short check cannot see",
