@@ -182,8 +182,8 @@ class Steering:
         Layers of one kind share their mask, so each distinct mask is widened once per forward.
 
         Args:
-            mask: What the model computed for the text, bool ``[B or 1, 1, T, S]``, or ``None`` where it relies on the
-                causal flag of the kernel.
+            mask: What the model computed for the text, ``[B or 1, 1, T or 1, S]``, bool or added to the scores, or
+                ``None`` where it relies on the causal flag of the kernel.
             query_BNTH: Queries of this forward (for their shape).
             keys_BNSH: Text keys (for their shape).
             length: P.
@@ -192,7 +192,8 @@ class Steering:
             window: Tokens that the layer looks back; prompts keep to it if :attr:`position_BT` is given.
 
         Returns:
-            Bool ``[B or 1, 1, T, P + S]``, true where attention is allowed; ``None`` for single queries that see all.
+            ``[B or 1, 1, T, P + S]``, of the kind of ``mask`` (bool: true where attention is allowed); ``None`` for
+            single queries that see all.
         """
         T, S = query_BNTH.shape[2], keys_BNSH.shape[2]
         visible_BP = self.visible_at.get(layer, self.visible_BP) if layer is not None else self.visible_BP
@@ -210,7 +211,7 @@ class Steering:
             text = text.tril(S - T) if causal else text
         rows = text.shape[0]
         if visible_BP is None:
-            front = text.new_ones(rows, 1, T, length)
+            front = torch.ones(rows, 1, T, length, dtype=torch.bool, device=text.device)
         else:
             front = visible_BP[:, None, None, :].expand(-1, 1, T, -1)
         if window is not None and self.position_BT is not None:  # prompt column j is at position j
@@ -218,7 +219,9 @@ class Steering:
             front = front & (self.position_BT[:, None, :, None] - column_P < window)
         if self.sees_BT is not None:
             front = front & self.sees_BT[:, None, :, None]
-        text = text.expand(front.shape[0], -1, -1, -1)
+        text = text.expand(front.shape[0], -1, T, -1)
+        if text.dtype != torch.bool:  # families with masks of their own add them to the scores
+            front = torch.zeros_like(front, dtype=text.dtype).masked_fill(~front, torch.finfo(text.dtype).min)
         wide = torch.cat([front, text], dim=-1)
         self._masks[place] = (mask, wide)
         return wide

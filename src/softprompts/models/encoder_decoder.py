@@ -291,7 +291,7 @@ class EncoderDecoder:
 
 def _halves(model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
     encoder, decoder = model.get_encoder(), model.get_decoder()
-    if encoder is model or decoder is model or encoder is None or decoder is None:
+    if model in (encoder, decoder) or not all(isinstance(half, PreTrainedModel) for half in (encoder, decoder)):
         raise UnsupportedModelError(f"'{model.config.model_type}' does not say which of its parts are its two halves")
     return encoder, decoder
 
