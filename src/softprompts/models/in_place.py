@@ -35,7 +35,7 @@ class InPlaceLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, front: int = 0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.front = front
         self.has_front = False
         self._rows = self._length = 0
@@ -154,10 +154,9 @@ class InPlaceCache(DynamicCache):
         """Append states to a layer; see :meth:`InPlaceLayer.update`."""
         while len(self.layers) <= layer_idx:
             self.layers.append(InPlaceLayer(self.front))
-        keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
-        assert keys is not None
-        assert values is not None
-        return keys, values
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, InPlaceLayer)
+        return layer.update(key_states, value_states, *args, **kwargs)
 
     def holder(self, module: nn.Module, keys_BNSH: Tensor) -> InPlaceLayer | None:
         """Find the layer that handed out these keys to an attention module; ``None`` if they come from elsewhere."""

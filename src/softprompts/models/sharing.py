@@ -116,7 +116,8 @@ class PromptsOfRows(Mapping[LayerKey, tuple[Tensor, Tensor]]):
         row_GM, place_R = self._places
         per_prompt = left_RNgX[row_GM].transpose(1, 2).flatten(2, 3)  # [G, N, M * g, X]
         product = (per_prompt @ right_GNXY).unflatten(2, (row_GM.shape[1], groups)).transpose(1, 2)
-        return product.flatten(0, 1)[place_R]
+        by_row_RNgY: Tensor = product.flatten(0, 1)[place_R]
+        return by_row_RNgY
 
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor]:
