@@ -168,10 +168,10 @@ def test_the_limit_is_kept(tiny_frozen: Callable[[str], FrozenLM]) -> None:
     needed = sum(INPUTS) * frozen.geometry.prefix_width * 4
     prompted = prompted_lm(frozen)
     sources = prompted.keep_sources(limit_bytes=needed)
-    assert sources.needed_bytes([(1, 2, 3), (1, 2, 3), (4,)], torch.float32) == 4 * frozen.geometry.prefix_width * 4
+    assert sources.needed_bytes({torch.float32: [(1, 2, 3), (1, 2, 3), (4,)]}) == 4 * frozen.geometry.prefix_width * 4
     prompted.label_losses(batch)
     assert sources.bytes == needed
     with pytest.raises(ConfigError, match="cache_source_gib"):
         prompted.label_losses(batch_of([30], [3], [0]))
     with pytest.raises(ConfigError, match="71 tokens"):
-        sources.needed_bytes([tuple(range(71))], torch.float32)
+        sources.needed_bytes({torch.float32: [tuple(range(71))]})

@@ -33,7 +33,7 @@ def make(example: Example, format: TextFormat | None = None, max_length: int = 1
 def test_a_training_row_ends_with_the_end_token_and_an_input_does_not():
     example = Example("ab", "cd")
     row = make(example, prompt=3)
-    assert row == Encoded((*ids_of("ab\ncd"), EOS), 3, example, 3)
+    assert row == Encoded((*ids_of("ab\ncd"), EOS), 3, example, 3, infix_at=2)
     row = make(example, with_target=False)
     assert (row.ids, row.target_start) == (ids_of("ab\n"), 3)
 
@@ -216,3 +216,20 @@ def test_bucketing_saves_most_of_the_padding():
     plain = [list(range(start, start + 16)) for start in range(0, 4000, 16)]
     assert padding_share(lengths, plain) > 0.3
     assert padding_share(lengths, bucketed_batches(lengths, 16, seed=0, epoch=0)) < 0.04
+
+
+def test_an_infix_goes_where_the_input_ends():
+    """In front of the separator, behind what the tokenizer puts in front; the same with and without a target."""
+    example = Example("abcd", "xy")
+    for options in ({}, {"with_target": False}, {"max_length": 8, "on_long": "truncate"}):
+        row = make(example, layout(separator=" =>"), bos_ids=(9,), **options)
+        assert row.infix_at is not None
+        assert bytes(row.ids[row.infix_at :][:3]) == b" =>"
+        assert row.ids[: row.infix_at][0] == 9
+    rows = [make(example), make(Example("a", "xy"))]
+    for side in ("left", "right"):
+        infix_B = collate(rows, pad_id=PAD, padding_side=side).infix_B
+        assert infix_B is not None
+        assert infix_B.tolist() == [4, 1]
+    assert collate([rows[0], Encoded((1, 2), 1, example)], pad_id=PAD).infix_B is None
+    assert make(example, end_ids=(1,)).infix_at is None

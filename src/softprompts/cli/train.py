@@ -46,6 +46,9 @@ def train(
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="The run's folder, instead of the recipe's.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how much memory training would take; train and write nothing.")
+    ] = False,
     json: JsonOption = None,
 ) -> None:
     """Train what a recipe describes, keep the best on the dev split, and save it.
@@ -62,6 +65,11 @@ def train(
     if output is not None:
         config = dataclasses.replace(config, output_dir=str(output))
     console = console_for(json)
+    if dry_run:
+        from softprompts.cli.dry_run import dry_run as foretell
+
+        write_json(json, foretell(config, console))
+        return
     result = run_recipe(config, resume=resume, console=console)
     for name, one in result["prompts"].items() if "prompts" in result else [("", result)]:
         numbers = "  ".join(f"{metric} {value:.4g}" for metric, value in one["metrics"].items())
@@ -139,17 +147,21 @@ def _introduce(runs: Sequence[PreparedRun], frozen: FrozenLM, console: Console) 
             f"{rows.reference_loss:.4f}",
             markup=False,
         )
+        if rows.kept_bytes:
+            console.print(
+                f"{of}keys and values of the inputs are kept: {rows.kept_bytes / 2**20:,.0f} MiB", markup=False
+            )
 
 
 def _fit(config: TrainRecipe, runs: Sequence[PreparedRun], resume: bool, console: Console | None) -> list[FitResult]:
     """Train all runs, with their listeners."""
     from softprompts.cli.validation import validator
-    from softprompts.training import ROWS_PER_PASS, SharedPasses, fit_together
+    from softprompts.training import SharedPasses, fit_together
 
     passes = None
     if len(runs) > 1:
         objectives = [cast("PromptObjective", run.objective) for run in runs]
-        passes = SharedPasses(objectives, rows_per_pass=config.training.rows_per_pass or ROWS_PER_PASS)
+        passes = SharedPasses(objectives, rows_per_pass=config.training.rows_per_pass)
     with ExitStack() as stack:
         listeners = _listeners([run.plan for run in runs], console, stack)
         return fit_together(

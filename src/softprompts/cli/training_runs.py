@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -52,6 +53,8 @@ class Rows:
     inputs: Sequence[Encoded]
     """Dev rows without targets, where outputs have to be generated from them."""
     reference_loss: float
+    kept_bytes: int = 0
+    """What the keys and values of their inputs will take in memory, where they are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,15 +179,20 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def prepare(plans: Sequence[Plan], frozen: FrozenLM) -> list[PreparedRun]:
+def prepare(plans: Sequence[Plan], frozen: FrozenLM, *, measure: bool = True) -> list[PreparedRun]:
     """Encode the rows and build what is trained; runs on the same records share the work.
+
+    Args:
+        plans: One per run.
+        frozen: The model that all of them share.
+        measure: Whether the loss of the model alone is measured; otherwise it is not a number.
 
     Raises:
         SoftPromptsError: What the records or the prompt's settings can lead to.
     """
     encoded: dict[str, tuple[list[Encoded], list[Encoded], list[Encoded]]] = {}
     references: dict[str, float] = {}
-    runs = []
+    runs: list[PreparedRun] = []
     for one in plans:
         config = one.config
         measures = one.selection.metric != "loss"
@@ -194,11 +202,42 @@ def prepare(plans: Sequence[Plan], frozen: FrozenLM) -> list[PreparedRun]:
         train, dev, inputs = encoded[key]
         objective = _objective(one, frozen)
         _check_lengths(objective, [*train, *dev])
+        kept = 0
+        if config.training.cache_source:
+            kept = _keep_sources(one, objective, runs[0].objective if runs else None, train, dev)
         key = repr((config.task, config.training.batch_size, config.training.loss))
+        if key not in references and not measure:
+            references[key] = math.nan
         if key not in references:
             references[key] = _reference_loss(config, objective, dev or train[:_REFERENCE_ROWS])
-        runs.append(PreparedRun(one, objective, Rows(train, dev, inputs, references[key])))
+        runs.append(PreparedRun(one, objective, Rows(train, dev, inputs, references[key], kept)))
     return runs
+
+
+def _keep_sources(
+    one: Plan,
+    objective: PromptObjective | FineTuningObjective,
+    first: PromptObjective | FineTuningObjective | None,
+    train: Sequence[Encoded],
+    dev: Sequence[Encoded],
+) -> int:
+    """Let a run read each input once, together with the first run; returns the bytes that this takes."""
+    from softprompts.errors import ConfigError
+
+    config, prompted = one.config, objective.prompted
+    if config.method != "prompt" or config.prompt.placement != "infix":
+        raise ConfigError(
+            "training.cache_source keeps inputs that the prompt does not change, so it needs prompt.placement infix; "
+            "set training.cache_source to false"
+        )
+    prompted.sources = first.prompted.sources if first is not None else None
+    limit_bytes = int(config.training.cache_source_gib * 2**30)
+    sources = prompted.sources or prompted.keep_sources(limit_bytes=limit_bytes)
+    frozen = prompted.frozen
+    kept: dict[Any, list[tuple[int, ...]]] = {}
+    for dtype, rows in ((frozen.training_dtype or frozen.dtype, train), (frozen.dtype, dev)):
+        kept.setdefault(dtype, []).extend(row.ids[: row.infix_at] for row in rows)
+    return sources.needed_bytes(kept)
 
 
 def _encoded(one: Plan, frozen: FrozenLM) -> tuple[list[Encoded], list[Encoded], list[Encoded]]:

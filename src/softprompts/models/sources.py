@@ -90,18 +90,18 @@ class SourceCache:
     def __len__(self) -> int:
         return len(self._tables)
 
-    def needed_bytes(self, sources: Iterable[tuple[int, ...]], dtype: torch.dtype) -> int:
+    def needed_bytes(self, sources: Mapping[torch.dtype, Iterable[tuple[int, ...]]]) -> int:
         """Bytes that these inputs will take.
 
         Args:
-            sources: Ids of inputs; repeated ones count once.
-            dtype: What keys and values are computed in.
+            sources: Ids of inputs, by what their keys and values are computed in; repeated ones count once.
 
         Raises:
             ConfigError: They are more than the limit.
         """
-        tokens = sum(map(len, set(sources)))
-        needed = tokens * self.geometry.prefix_width * dtype.itemsize
+        lengths = {dtype: sum(map(len, set(own))) for dtype, own in sources.items()}
+        tokens = sum(lengths.values())
+        needed = sum(length * self.geometry.prefix_width * dtype.itemsize for dtype, length in lengths.items())
         if needed > self.limit_bytes:
             raise ConfigError(
                 f"keys and values of {tokens} tokens of input take {needed / 2**30:.2f} GiB, more than the "
@@ -131,13 +131,14 @@ class SourceCache:
 
     @torch.no_grad()
     def _add(self, sources: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
-        self.bytes += self.needed_bytes(sources, dtype)
-        if self.bytes > self.limit_bytes:
+        needed = self.needed_bytes({dtype: sources})
+        if self.bytes + needed > self.limit_bytes:
             raise ConfigError(
                 f"keys and values of {len(self) + len(sources)} inputs take more than the "
                 f"{self.limit_bytes / 2**30:.2f} GiB of training.cache_source_gib; raise it, or set "
                 "training.cache_source to false"
             )
+        self.bytes += needed
         ids_RS = pad_sequence([torch.tensor(source) for source in sources], batch_first=True)
         length_R = torch.tensor([len(source) for source in sources])
         mask_RS = (torch.arange(ids_RS.shape[1]) < length_R[:, None]).long()

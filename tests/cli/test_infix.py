@@ -1,0 +1,76 @@
+"""An infix from recipe to output: trained with and without kept inputs, saved, evaluated, used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from conftest import tiny_model
+from softprompts.cli.main import main
+from softprompts.cli.train import run_recipe
+from softprompts.config import TrainRecipe, decode
+from softprompts.errors import ConfigError
+from softprompts.storage import read_info
+
+ANIMALS = {"cat": "meow", "dog": "woof", "cow": "moo", "owl": "hoot"}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> TrainRecipe:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    lines = [json.dumps({"animal": animal, "sound": sound}) for animal, sound in ANIMALS.items()]
+    (tmp_path / "records.jsonl").write_text("\n".join(lines))
+    records: Any = str(tmp_path / "records.jsonl")
+    return decode(
+        TrainRecipe,
+        {
+            "model": {"name_or_path": str(tmp_path / "model"), "device": "cpu"},
+            "task": {
+                "name": "records",
+                "train": records,
+                "dev": records,
+                "format": "The {animal} says",
+                "target": "{sound}",
+            },
+            "prompt": {"length": 3, "placement": "infix", "initializer": {"name": "text", "text": "sounds"}},
+            "training": {"max_steps": 4, "batch_size": 2, "validate_every_steps": 2},
+            "evaluation": {"selection": "exact_match", "decoding": {"max_new_tokens": 3}},
+            "output_dir": str(tmp_path / "run"),
+        },
+    )
+
+
+@pytest.mark.parametrize("kind", ["prefix", "embedding"])
+def test_kept_inputs_give_the_same_run(
+    recipe: TrainRecipe, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = dataclasses.replace(recipe, prompt=dataclasses.replace(recipe.prompt, kind=kind))
+    plain = run_recipe(recipe)
+    training = dataclasses.replace(recipe.training, cache_source=True)
+    kept = run_recipe(dataclasses.replace(recipe, training=training, output_dir=str(tmp_path / "kept")))
+    assert kept["metrics"]["loss"] == pytest.approx(plain["metrics"]["loss"], rel=1e-5)
+    info = read_info(tmp_path / "kept" / "prompt")
+    assert (info.kind, info.placement) == (kind, "infix")
+    lines = tmp_path / "lines.txt"
+    lines.write_text("The cat says\n")
+    saved = ["--prompt", str(tmp_path / "kept" / "prompt")]
+    assert main(["generate", str(lines), *saved]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(lines), *saved, "--raw"]) != 0
+    assert "where its input ends" in capsys.readouterr().err
+
+
+def test_what_cannot_be_kept_is_refused_at_the_start(recipe: TrainRecipe) -> None:
+    training = dataclasses.replace(recipe.training, cache_source=True)
+    in_front = dataclasses.replace(recipe.prompt, placement="prefix")
+    with pytest.raises(ConfigError, match="placement infix"):
+        run_recipe(dataclasses.replace(recipe, training=training, prompt=in_front))
+    small = dataclasses.replace(training, cache_source_gib=1e-6)
+    with pytest.raises(ConfigError, match="cache_source_gib"):
+        run_recipe(dataclasses.replace(recipe, training=small, output_dir=f"{recipe.output_dir}-small"))
