@@ -162,7 +162,7 @@ def page(report: dict[str, Any]) -> str:
     lines = [
         "# A run on E2E until the same dev loss, against PEFT with Trainer",
         "",
-        f"Bundled LM or `{report['model']}`, {report['prompt']}, {report['records']} training records, "
+        f"Model `{report['model']}`, {report['prompt']}, {report['records']} training records, "
         f"{report['dev_records']} dev records, batch {report['batch_size']}, {report['precision']}; "
         f"{report['machine']['processor']}, {report['machine']['threads']} threads, "
         f"commit {report['machine']['commit']}, {report['machine']['versions']}.",

@@ -101,6 +101,7 @@ def test_nothing_is_left_behind_in_the_model(tiny_frozen: Callable[[str], Frozen
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of the compiler itself
 def test_best_ways_on_both_sides(tiny_frozen: Callable[[str], FrozenLM]):
     report = measure(tiny_frozen("gpt2"), "prompt-20", best=True, repeats=1)
     assert report["precision"] == "best"

@@ -242,7 +242,7 @@ def _fastest(setup: _Setup, folder: Path) -> tuple[dict[str, Way], dict[str, flo
                 _log.warning("%s cannot run: %s", name, str(error).splitlines()[0])
                 continue
             subjects[name], ways[name] = run, (side, way)
-    spreads = interleaved(subjects, repeats=3, device=setup.frozen.device, warmup=2)
+    spreads = interleaved(subjects, repeats=min(3, len(setup.rounds)), device=setup.frozen.device, warmup=2)
     seconds = {name: spread.median for name, spread in spreads.items()}
     best = dict(_EAGER)
     for name in sorted(seconds, key=lambda name: -seconds[name]):
