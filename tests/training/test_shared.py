@@ -188,6 +188,46 @@ def test_a_pass_is_filled_with_whole_batches(
             assert (sums[number].weight, sums[number].tokens) == (plain[number].weight, plain[number].tokens)
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["read", "kept"])
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_placements_and_kept_inputs_mix(
+    tiny_frozen: Callable[[str], FrozenLM], tmp_path: Path, packing: bool, kept: bool
+):
+    frozen = tiny_frozen("gpt2")
+    runs = members(frozen, tmp_path, packing=packing)
+    for number in (1, 2):
+        config = PromptConfig(placement="infix", initializer=InitConfig(name="text", text="say it"), **SETTINGS[number])
+        prompted = PromptedLM(frozen, [build_prompt(config, frozen, seed=number)])
+        prompted.packing = packing
+        if kept:
+            prompted.sources = runs[1].objective.prompted.sources or prompted.keep_sources(limit_bytes=2**30)
+        runs[number] = replace(runs[number], objective=PromptObjective(prompted))
+    objectives = [run.objective for run in runs]
+    rows = {
+        number: [replace(row, infix_at=row.target_start - 1) for row in encoded(frozen, 4 + number, "abcd"[number])]
+        for number in range(4)
+    }
+    batches = {number: list(in_order(own, 3, pad_id=frozen.pad_id)) for number, own in rows.items()}
+    found = {}
+    for name, gradients in (("alone", one_by_one(objectives)), ("shared", SharedPasses(objectives).gradients)):
+        for objective in objectives:
+            for parameter in objective.parameters():
+                parameter.grad = None
+        sums = gradients(batches)
+        found[name] = (
+            [[parameter.grad.clone() for parameter in objective.parameters()] for objective in objectives],
+            [sums[number].total for number in range(4)],
+        )
+    assert found["shared"][1] == pytest.approx(found["alone"][1], rel=1e-5)
+    for shared, alone in zip(found["shared"][0], found["alone"][0], strict=True):
+        for a, b in zip(shared, alone, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    losses = SharedPasses(objectives).mean_losses(rows)
+    for number, own in rows.items():
+        expected = mean_loss(objectives[number], in_order(own, 3, pad_id=frozen.pad_id))
+        assert losses[number] == pytest.approx(expected, rel=1e-5)
+
+
 def test_prompts_of_different_models_share_nothing(tiny_frozen: Callable[[str], FrozenLM], tmp_path: Path):
     first = members(tiny_frozen("gpt2"), tmp_path)[0].objective
     other = members(tiny_frozen("llama"), tmp_path)[0].objective

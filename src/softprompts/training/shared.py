@@ -83,20 +83,24 @@ class SharedPasses:
         return sums
 
     def _passes(self, parts: Sequence[tuple[int, Batch]]) -> Iterator[list[tuple[int, Batch]]]:
-        """Fill passes with whole batches, batches of similar length together."""
-        taken: list[tuple[int, Batch]] = []
+        """Fill passes with whole batches: those that run in the same way, batches of similar length together."""
+        ways: dict[tuple[bool, int], list[tuple[int, Batch]]] = {}
         for part in sorted(parts, key=lambda part: part[1].ids_BT.shape[1]):  # stable: the order is always the same
-            if taken and sum(batch.rows for _, batch in [*taken, part]) > self.rows_per_pass:
-                yield taken
-                taken = []
-            taken.append(part)
-        if taken:
+            own = self.objectives[part[0]].prompted
+            ways.setdefault((own.packing, id(own.sources)), []).append(part)
+        for alike in ways.values():
+            taken: list[tuple[int, Batch]] = []
+            for part in alike:
+                if taken and sum(batch.rows for _, batch in [*taken, part]) > self.rows_per_pass:
+                    yield taken
+                    taken = []
+                taken.append(part)
             yield taken
 
     def _prompted(self, numbers: Sequence[int]) -> PromptedLM:
         """Attach the prompts of some runs, and no others, to the model."""
         prompts = [cast(SoftPrompt, self.objectives[number].prompted.prompts[0]) for number in numbers]
-        own = self.objectives[0].prompted
+        own = self.objectives[numbers[0]].prompted
         prompted = PromptedLM(own.frozen, prompts)
         prompted.packing, prompted.sources = own.packing, own.sources
         return prompted
@@ -129,7 +133,16 @@ class SharedPasses:
         Raises:
             DataError: A run has no rows.
         """
-        numbers = list(rows)
+        ways: dict[tuple[bool, int], list[int]] = {}
+        for number in rows:
+            own = self.objectives[number].prompted
+            ways.setdefault((own.packing, id(own.sources)), []).append(number)
+        means: dict[int, float] = {}
+        for numbers in ways.values():
+            means |= self._mean_losses(numbers, rows)
+        return means
+
+    def _mean_losses(self, numbers: Sequence[int], rows: Mapping[int, Sequence[Encoded]]) -> dict[int, float]:
         prompted = self._prompted(numbers)
         states = prompted.states()
         totals_K = torch.zeros(len(numbers), dtype=torch.float64)
