@@ -21,8 +21,10 @@ import torch  # noqa: E402
 
 from conftest import byte_tokenizer  # noqa: E402
 from family_contracts import COLUMNS, Cell, Subject, judge  # noqa: E402
+from seq2seq_contracts import PairSubject, judge_pair  # noqa: E402
 from softprompts import __version__  # noqa: E402
 from zoo_decoders import DECODERS  # noqa: E402
+from zoo_seq2seq import SEQ2SEQ_ZOO, with_end  # noqa: E402
 
 PAGE = ROOT / "docs" / "reference" / "families.md"
 NOTE = "<!-- Made by `make matrix`, which runs every cell. -->\n\n"
@@ -49,6 +51,10 @@ error says why, instead of wrong numbers; the messages stand below. *n/a*: the c
 * **In the input**: embedding prompts of models with recurrent layers (Mamba, Jamba, Qwen3-Next, LFM2) are read together
   with every row's text, because keys and values are not all that they leave behind. A prefix stands in front of the
   layers that have keys and values; where there are none, it is refused.
+* **At three sites** of encoder-decoders (T5, BART, Pegasus): the encoder's self-attention, the decoder's and the
+  cross-attention, through the attention interface. An embedding prompt stands in front of the encoder's input. A text
+  does not stand behind its prompt in an encoder, so "prefix = words" compares with transformers' eager attention, the
+  keys and values put in front by hand at all three sites and at each alone.
 
 A model that is not in this table is judged when it is loaded: its own forward with plain attention is compared with a
 padded batch behind a prompt made of the text's own tokens, read at once and continued from the cache. Where they
@@ -74,8 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", help="shapes to run; the page is not written then")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    names = options.only or sorted(DECODERS)
-    own = run_matrix(names, judge)
+    asked = options.only or [*sorted(DECODERS), *sorted(SEQ2SEQ_ZOO)]
+    names = [name for name in asked if name in DECODERS]
+    own = run_matrix(names, judge) | run_pairs([name for name in asked if name in SEQ2SEQ_ZOO])
     tolerance, columns = _explained()
     versions = {name: version(name) for name in ("transformers", "torch")}
     page = NOTE + HEAD.format(tolerance=tolerance, columns=columns, own=__version__, **versions)
@@ -96,6 +103,16 @@ def run_matrix(names: Sequence[str], judge_cell: Judge) -> Rows:
     for name in names:
         subject = Subject(DECODERS[name], tokenizer)
         rows[name] = {column: judge_cell(subject, column) for column in COLUMNS}
+        print(name, *(cell.verdict for cell in rows[name].values()), sep=" | ", file=sys.stderr, flush=True)
+    return rows
+
+
+def run_pairs(names: Sequence[str]) -> Rows:
+    """Fill every cell of the rows of encoder-decoders."""
+    rows = {}
+    for name in names:
+        subject = PairSubject(name, with_end(byte_tokenizer()))
+        rows[name] = {column: judge_pair(subject, column) for column in COLUMNS}
         print(name, *(cell.verdict for cell in rows[name].values()), sep=" | ", file=sys.stderr, flush=True)
     return rows
 

@@ -63,6 +63,26 @@ def _marian() -> PreTrainedModel:
     return transformers.MarianMTModel(config)
 
 
+def _blenderbot() -> PreTrainedModel:
+    config = transformers.BlenderbotConfig(**_BART, encoder_layers=2, decoder_layers=2, decoder_start_token_id=258)
+    return transformers.BlenderbotForConditionalGeneration(config)
+
+
+def _switch() -> PreTrainedModel:
+    experts = {"num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+    config = transformers.SwitchTransformersConfig(**_T5, **experts, num_layers=2)
+    return transformers.SwitchTransformersForConditionalGeneration(config)
+
+
+def _mbart() -> PreTrainedModel:
+    config = transformers.MBartConfig(**_BART, encoder_layers=2, decoder_layers=2)
+    return transformers.MBartForConditionalGeneration(config)
+
+
+def _longt5() -> PreTrainedModel:
+    return transformers.LongT5ForConditionalGeneration(transformers.LongT5Config(**_T5, num_layers=2))
+
+
 def _t5gemma(**sizes: object) -> PreTrainedModel:
     half = {
         **_IDS,
@@ -98,7 +118,11 @@ SEQ2SEQ_ZOO: dict[str, Callable[[], PreTrainedModel]] = {
     "bart_deep_decoder": lambda: _bart(2, 3),
     "pegasus": _pegasus,
     "marian": _marian,
+    "blenderbot": _blenderbot,
+    "switch": _switch,
     "t5gemma": _t5gemma,
+    "mbart": _mbart,
+    "longt5": _longt5,
 }
 """Shapes of the encoder-decoder matrix; a new one is a new row here."""
 
