@@ -86,21 +86,8 @@ def measure_training(
     case = find_case(bench.case, TRAIN_CASES)
     if min(bench.batch_size, bench.repeats) < 1:
         raise ConfigError(f"--batch-size {bench.batch_size} and --repeats {bench.repeats}: expected 1 or more")
-    rounds = [
-        [draw_batch(bench.batch_size, frozen, seed=bench.seed + 100 * number + k) for k in range(case.prompts)]
-        for number in range(bench.repeats)
-    ]
-    prompts = [
-        make_prompt(frozen, case.kind, case.length, hidden_size=case.hidden_size, seed=bench.seed + k)
-        for k in range(case.prompts)
-    ]
-    peer, missing = _peer(frozen, prompts[0])
-    models = {False: frozen, **({True: _compiled(frozen)} if bench.best else {})}
-    objectives = {
-        compiled: [PromptObjective(PromptedLM(model, [prompt])) for prompt in prompts]
-        for compiled, model in models.items()
-    }
-    setup = _Setup(frozen, case, objectives, peer, rounds)
+    setup, missing = _prepare(frozen, case, bench)
+    dtype = frozen.training_dtype
     with tempfile.TemporaryDirectory() as folder:
         ways, tried = _fastest(setup, Path(folder) / "tried") if bench.best else (_EAGER, {})
         exactness = _exactness(setup, ways)
@@ -122,6 +109,7 @@ def measure_training(
             for name, run in subjects.items()
             if name in ("ours", "peer")
         }
+    frozen.training_dtype = dtype
     return {
         "case": case.name,
         "model": frozen.name,
@@ -132,7 +120,7 @@ def measure_training(
         "batch_size": bench.batch_size,
         "repeats": bench.repeats,
         "seed": bench.seed,
-        "tokens": _tokens(rounds),
+        "tokens": _tokens(setup.rounds),
         "precision": "best" if bench.best else "float32",
         "ways": {side: str(way) for side, way in ways.items()},
         "tried_seconds": tried,
@@ -141,6 +129,25 @@ def measure_training(
         "peak_bytes": memory,
         **machine(frozen.device),
     }
+
+
+def _prepare(frozen: FrozenLM, case: TrainCase, bench: TrainBench) -> tuple[_Setup, str | None]:
+    """Draw the batches, make the prompts and the peer; the second value says why there is no peer."""
+    rounds = [
+        [draw_batch(bench.batch_size, frozen, seed=bench.seed + 100 * number + k) for k in range(case.prompts)]
+        for number in range(bench.repeats)
+    ]
+    prompts = [
+        make_prompt(frozen, case.kind, case.length, hidden_size=case.hidden_size, seed=bench.seed + k)
+        for k in range(case.prompts)
+    ]
+    peer, missing = _peer(frozen, prompts[0])
+    models = {False: frozen, **({True: _compiled(frozen)} if bench.best else {})}
+    objectives = {
+        compiled: [PromptObjective(PromptedLM(model, [prompt])) for prompt in prompts]
+        for compiled, model in models.items()
+    }
+    return _Setup(frozen, case, objectives, peer, rounds), missing
 
 
 def _compiled(frozen: FrozenLM) -> FrozenLM:
