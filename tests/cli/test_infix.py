@@ -60,9 +60,13 @@ def test_kept_inputs_give_the_same_run(
     lines = tmp_path / "lines.txt"
     lines.write_text("The cat says\n")
     saved = ["--prompt", str(tmp_path / "kept" / "prompt")]
-    assert main(["generate", str(lines), *saved]) == 0
-    capsys.readouterr()
-    assert main(["generate", str(lines), *saved, "--raw"]) != 0
+    with pytest.raises(SystemExit) as done:
+        main(["generate", str(lines), *saved])
+    assert not done.value.code
+    assert len(capsys.readouterr().out.split("\n")) == 2
+    with pytest.raises(SystemExit) as refused:
+        main(["generate", str(lines), *saved, "--raw"])
+    assert refused.value.code
     assert "where its input ends" in capsys.readouterr().err
 
 
