@@ -10,14 +10,16 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from conftest import tiny_model
-from family_contracts import Subject, judge
+from family_contracts import Subject, judge, padded, rows_of_text
+from softprompts.config import DecodingConfig
 from softprompts.errors import ConfigError, PromptMismatchError, UnsupportedModelError
+from softprompts.inference import Engine
 from softprompts.models import FrozenLM, attention, cache_route, eager
 from softprompts.models.attention import Steering
 from softprompts.models.eager import eager_attention
 from softprompts.prompted import PromptedLM
 from softprompts.prompts import prompt_from_table
-from softprompts.types import LayerKey
+from softprompts.types import Encoded, Example, LayerKey
 from zoo_decoders import DECODERS, Shape
 
 
@@ -205,3 +207,42 @@ def test_masks_of_scrolling_prompts_depend_on_the_window() -> None:
     wide = steering.widened(None, query, keys, 4, True, None, None)
     assert narrow[0, 0, :, :4].tolist() == [[False, False, True, True], [False, False, False, True]]
     assert wide[0, 0, :, :4].all()
+
+
+@pytest.mark.parametrize("name", ["bloom", "gemma4", "lfm2", "deepseek-v3", "gpt-oss"])
+def test_half_precision_on_every_route(name: str, tokenizer: Any) -> None:
+    subject = Subject(DECODERS[name], tokenizer)
+    half = FrozenLM.from_model(DECODERS[name].build().to(torch.bfloat16), tokenizer)
+    prompts = [subject.word_prompt(kind) for kind in subject.kinds()]
+    batch = padded(rows_of_text(), [0, len(prompts) - 1, -1], "left")
+    exact = PromptedLM(subject.frozen, prompts).label_losses(batch).losses_M
+    rounded = PromptedLM(half, prompts)
+    losses_M = rounded.label_losses(batch).losses_M
+    losses_M.sum().backward()
+    assert float((losses_M - exact).detach().abs().mean()) < 0.2
+    _, state = rounded.start(batch)
+    assert bool(torch.isfinite(rounded.step(torch.tensor([5, 6, 7]), state)).all())
+
+
+@pytest.mark.parametrize("name", ["gpt-neo", "mpt", "mamba", "qwen3-next"])
+@pytest.mark.parametrize("strategy", ["greedy", "beam"])
+def test_generated_texts_do_not_depend_on_the_batch(name: str, strategy: str, tokenizer: Any) -> None:
+    subject = Subject(DECODERS[name], tokenizer)
+    prompted = PromptedLM(subject.frozen, [subject.word_prompt(kind) for kind in subject.kinds()])
+    rows = [
+        Encoded(tuple(ids), len(ids), Example("", ""), number - 1)
+        for number, ids in enumerate(rows_of_text()[: len(prompted.prompts) + 1])
+    ]
+    engine = Engine(prompted)
+    decoding = DecodingConfig(strategy=strategy, beams=2, max_new_tokens=5, min_new_tokens=3)
+    together = engine.generate(rows, decoding)
+    alone = [engine.generate([row], decoding)[0] for row in rows]
+    assert [generation.ids for generation in together] == [generation.ids for generation in alone]
+
+
+def test_only_words_can_be_read_where_a_layer_looks_them_up_again(load: Callable[..., FrozenLM]) -> None:
+    frozen = load("gemma4")
+    states = frozen.activations(frozen.embed([3, 1, 4]))
+    assert next(iter(states.values()))[0].shape[1] == 3
+    with pytest.raises(UnsupportedModelError, match="reads more of a token"):
+        frozen.activations(frozen.embed([3, 1, 4]) * 1.01)

@@ -37,6 +37,8 @@ from softprompts.types import LayerKey, PromptStates
 
 __all__ = ["CausalModel"]
 
+_WORDS_AT_A_TIME = 4096
+
 _log = logging.getLogger(__name__)
 
 
@@ -119,13 +121,20 @@ class CausalModel:
         return logits.float()
 
     def activations(self, embeddings_PD: Tensor) -> Mapping[LayerKey, tuple[Tensor, Tensor]]:
-        """Keys and values ``[N, P, H]`` that embeddings at the start of a text evoke, with gradient."""
+        """Keys and values ``[N, P, H]`` that embeddings at the start of a text evoke, with gradient.
+
+        Raises:
+            UnsupportedModelError: The model reads words only, and these embeddings are none.
+        """
         length, device = embeddings_PD.shape[0], embeddings_PD.device
+        tokens = {"inputs_embeds": embeddings_PD.to(self.model.dtype)[None]}
+        if not self.probed.takes_embeddings:
+            tokens = {"input_ids": self._words(tokens["inputs_embeds"][0])[None]}
         captured: dict[LayerKey, tuple[Tensor, Tensor]] = {}
         cache = None if self.probed.through_attention else new_cache(self.model)
         self.run(
             Steering(self.probed.layer_of, captured=captured),
-            inputs_embeds=embeddings_PD.to(self.model.dtype)[None],
+            **tokens,
             attention_mask=torch.ones(1, length, dtype=torch.long, device=device),
             position_ids=torch.arange(length, device=device)[None],
             past_key_values=cache,
@@ -134,6 +143,21 @@ class CausalModel:
         if cache is not None:
             captured = dict(zip(self._layers, held_keys_values(cache), strict=True))
         return {layer: (keys[0], values[0]) for layer, (keys, values) in captured.items()}
+
+    @torch.no_grad()
+    def _words(self, embeddings_PD: Tensor) -> Tensor:
+        """Ids of the words whose embeddings these are, ``[P]``."""
+        embed = self.model.get_input_embeddings()
+        ids_P = torch.full((len(embeddings_PD),), -1, device=embeddings_PD.device)
+        for some_M in torch.arange(self.probed.geometry.vocab_size, device=ids_P.device).split(_WORDS_AT_A_TIME):
+            rows_MD = embed(some_M)
+            # few rows agree in their first number, so only those are compared whole
+            for place, row in (embeddings_PD[:, None, 0] == rows_MD[None, :, 0]).nonzero().tolist():
+                if torch.equal(embeddings_PD[place], rows_MD[row]):
+                    ids_P[place] = some_M[row]
+        if bool((ids_P < 0).any()):
+            self.probed.check_kind("embedding")
+        return ids_P
 
     def run(self, steering: Steering, **inputs: Any) -> Tensor:
         """Run the model without its head behind the prompts; last hidden states ``[B, T, D]`` of the text.
@@ -159,7 +183,9 @@ class CausalModel:
                 steering.front_BPD = None
             return hidden
         if steering.keys_values and not self.probed.through_attention:
-            return read_behind_cache(forward, steering.keys_values, steering.visible_BP, inputs)
+            dtype = self.model.dtype
+            prompts = {layer: (k.to(dtype), v.to(dtype)) for layer, (k, v) in steering.keys_values.items()}
+            return read_behind_cache(forward, prompts, steering.visible_BP, inputs)
         return forward(**inputs)
 
     def compile(self) -> None:

@@ -46,7 +46,7 @@ def verify_causal(causal: CausalModel, vocab_size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     ids_2T = torch.randint(vocab_size, (2, length), generator=generator).to(causal.model.device)
     exact = causal.model.dtype == torch.float32
-    allowed = 1e-3 if exact else 0.1
+    allowed = 1e-3 if exact else 0.6  # logits of unrelated texts are about 1.1 apart, in the mean
     try:
         expected_2TV = causal.own_logits(ids_2T)
         spread = float(expected_2TV.std().clamp(min=1e-6))
