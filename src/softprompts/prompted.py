@@ -118,7 +118,8 @@ class PromptedLM(nn.Module):
         # Kept out of nn.Module's sight: parameters() of this module are the prompts' alone.
         self._frozen = (frozen,)
         self.prompts = nn.ModuleList(prompts)
-        self.to(frozen.device)
+        if any(tensor.device != frozen.device for tensor in (*self.parameters(), *self.buffers())):
+            self.to(frozen.device)
         self.packing = True
         """Whether training and scoring run all rows as one packed row, where the model allows it."""
         self.sources: SourceCache | None = None
@@ -144,7 +145,7 @@ class PromptedLM(nn.Module):
         """
         frozen = self.frozen
         windows = any(site.window is not None for site in frozen.geometry.sites)
-        if frozen.causal is None or not frozen.causal.through_attention or (windows and not self._packs):
+        if frozen.causal is None or not frozen.causal.through_attention or (windows and not self.packs):
             raise UnsupportedModelError(
                 f"inputs of '{frozen.geometry.family}' cannot be kept as keys and values alone; set "
                 "training.cache_source to false"
@@ -164,7 +165,8 @@ class PromptedLM(nn.Module):
         return self.sources
 
     @property
-    def _packs(self) -> bool:
+    def packs(self) -> bool:
+        """Whether training and scoring run all rows as one packed row here."""
         on_cpu = self.frozen.device.type == "cpu"
         return self.packing and self.frozen.packable and (on_cpu or self.sources is None)
 
@@ -263,7 +265,7 @@ class PromptedLM(nn.Module):
             states = self.states() if states is None else states
             self._check_prompts(batch, len(states))
             return seq2seq.label_states(self.frozen.pair, batch, states)
-        packed = self._packs
+        packed = self.packs
         if states is None and packed:
             in_use = batch.prompt_of_row_B.unique().tolist()
             # Only what this batch carries is computed, and embeddings in front of rows are run together with them.

@@ -90,6 +90,10 @@ class SourceCache:
     def __len__(self) -> int:
         return len(self._tables)
 
+    def emptied(self) -> SourceCache:
+        """Make one like this that holds nothing."""
+        return SourceCache(self._read, self.geometry, limit_bytes=self.limit_bytes)
+
     def needed_bytes(self, sources: Mapping[torch.dtype, Iterable[tuple[int, ...]]]) -> int:
         """Bytes that these inputs will take.
 

@@ -8,6 +8,7 @@ passes. :class:`PromptObjective` is the objective of soft prompts; any other obj
 from softprompts.training.batches import EncodedBatches, in_order
 from softprompts.training.checkpoint import TrainState, changed_keys
 from softprompts.training.events import TIMING_FIELDS, Event, read_events
+from softprompts.training.footprint import Footprint, footprint, longest_update
 from softprompts.training.loop import fit, fit_together
 from softprompts.training.objective import (
     Objective,
@@ -30,6 +31,7 @@ __all__ = [
     "EncodedBatches",
     "Event",
     "FitResult",
+    "Footprint",
     "Member",
     "Objective",
     "PromptObjective",
@@ -43,7 +45,9 @@ __all__ = [
     "changed_keys",
     "fit",
     "fit_together",
+    "footprint",
     "in_order",
+    "longest_update",
     "mean_loss",
     "one_by_one",
     "read_events",
