@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -207,6 +208,8 @@ def strategy(hint: Any) -> st.SearchStrategy[Any]:
         return st.lists(strategy(arguments[0]), max_size=3).map(tuple)
     if origin is tuple:
         return st.tuples(*map(strategy, arguments))
+    if origin is Mapping:
+        return st.dictionaries(*map(strategy, arguments), max_size=3)
     if arguments:
         return st.one_of([strategy(argument) for argument in arguments])
     plain = {
@@ -216,7 +219,7 @@ def strategy(hint: Any) -> st.SearchStrategy[Any]:
         str: st.text(st.characters(codec="utf-8")),
         type(None): st.none(),
     }
-    return plain[hint]
+    return st.one_of(*plain.values()) if hint is Any else plain[hint]
 
 
 def as_yaml(value: object) -> str:
