@@ -25,6 +25,7 @@ from transformers import Cache, DynamicCache
 from softprompts.types import LayerKey
 
 __all__ = [
+    "Forward",
     "held_keys_values",
     "is_stateful",
     "mask_behind",

@@ -43,7 +43,9 @@ def flex_packed_attention(
     mask = packing.block_masks.get(place)
     if mask is None:
         mask = packing.block_masks[place] = _block_mask(packing, lengths, window, query_MAH.device)
-    attention: Callable[..., Any] = _compiled() if query_MAH.is_cuda else flex_attention
+    attention: Callable[..., Any] = flex_attention
+    if query_MAH.is_cuda:
+        attention = _compiled()
     grouped = query_MAH.shape[1] != key_MNH.shape[1]
     out_1AMH: Tensor = attention(query_1AMH, key_1NCH, value_1NCH, block_mask=mask, scale=scale, enable_gqa=grouped)
     return out_1AMH[0].transpose(0, 1)

@@ -24,7 +24,7 @@ from softprompts.types import Batch, Geometry, LayerKey
 if TYPE_CHECKING:
     from softprompts.models.attention import Steering
 
-__all__ = ["Held", "SourceCache", "cuttable", "put_in_front", "without_inputs"]
+__all__ = ["Held", "Read", "SourceCache", "cuttable", "put_in_front", "without_inputs"]
 
 Read = Callable[[Tensor, Tensor], Mapping[LayerKey, tuple[Tensor, Tensor]]]
 """Ids and mask ``[R, S]``, padded on the right, to keys and values ``[R, N, S, H]`` of every layer."""
