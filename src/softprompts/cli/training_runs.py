@@ -203,8 +203,9 @@ def prepare(plans: Sequence[Plan], frozen: FrozenLM, *, measure: bool = True) ->
         objective = _objective(one, frozen)
         _check_lengths(objective, [*train, *dev])
         kept = 0
-        if config.training.cache_source:
-            kept = _keep_sources(one, objective, runs[0].objective if runs else None, train, dev)
+        if config.training.cache_source_gib is not None:
+            limit_bytes = int(config.training.cache_source_gib * 2**30)
+            kept = _keep_sources(one, objective, runs[0].objective if runs else None, [train, dev], limit_bytes)
         key = repr((config.task, config.training.batch_size, config.training.loss))
         if key not in references and not measure:
             references[key] = math.nan
@@ -218,8 +219,8 @@ def _keep_sources(
     one: Plan,
     objective: PromptObjective | FineTuningObjective,
     first: PromptObjective | FineTuningObjective | None,
-    train: Sequence[Encoded],
-    dev: Sequence[Encoded],
+    splits: Sequence[Sequence[Encoded]],
+    limit_bytes: int,
 ) -> int:
     """Let a run read each input once, together with the first run; returns the bytes that this takes."""
     from softprompts.errors import ConfigError
@@ -227,15 +228,14 @@ def _keep_sources(
     config, prompted = one.config, objective.prompted
     if config.method != "prompt" or config.prompt.placement != "infix":
         raise ConfigError(
-            "training.cache_source keeps inputs that the prompt does not change, so it needs prompt.placement infix; "
-            "set training.cache_source to false"
+            "training.cache_source_gib keeps inputs that the prompt does not change, so it needs prompt.placement "
+            "infix; set training.cache_source_gib to null"
         )
     prompted.sources = first.prompted.sources if first is not None else None
-    limit_bytes = int(config.training.cache_source_gib * 2**30)
     sources = prompted.sources or prompted.keep_sources(limit_bytes=limit_bytes)
     frozen = prompted.frozen
     kept: dict[Any, list[tuple[int, ...]]] = {}
-    for dtype, rows in ((frozen.training_dtype or frozen.dtype, train), (frozen.dtype, dev)):
+    for dtype, rows in zip((frozen.training_dtype or frozen.dtype, frozen.dtype), splits, strict=True):
         kept.setdefault(dtype, []).extend(row.ids[: row.infix_at] for row in rows)
     return sources.needed_bytes(kept)
 

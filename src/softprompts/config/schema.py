@@ -191,11 +191,9 @@ class TrainingConfig:
     rows_per_pass: int | None = None
     """Rows of one forward pass where prompts are trained together; ``null`` takes 16 on a CPU and 128 on a GPU. Fewer
     rows need less memory; the result is the same up to rounding."""
-    cache_source: bool = False
-    """For infixes: keep keys and values of every distinct input in memory, so that a step runs only what stands behind
-    the input. The result is the same."""
-    cache_source_gib: float = 4.0
-    """Most memory for them, in GiB; training that would need more is refused at its start."""
+    cache_source_gib: float | None = None
+    """For infixes: keep keys and values of every distinct input in memory, this many GiB at most, so that a step runs
+    only what stands behind the input; training that would need more is refused at its start. ``null`` keeps none."""
 
 
 @dataclass(frozen=True)
