@@ -231,9 +231,11 @@ def _cache(subject: Subject) -> None:
     demand_equal(torch.stack(steps[2:], dim=1), rows_4V[order][:, 2:], "decoding after reordering")
 
 
-def _gradients(subject: Subject, kind: str) -> tuple[Tensor, Tensor]:
+def _gradients(subject: Subject, kind: str, *, packing: bool = True) -> tuple[Tensor, Tensor]:
     prompt, rows = subject.word_prompt(kind), rows_of_text()
-    losses_M = PromptedLM(subject.frozen, [prompt]).label_losses(padded(rows, [0] * len(rows), "right")).losses_M
+    prompted = PromptedLM(subject.frozen, [prompt])
+    prompted.packing = packing
+    losses_M = prompted.label_losses(padded(rows, [0] * len(rows), "right")).losses_M
     losses_M.sum().backward()
     (gradient,) = [parameter.grad for parameter in prompt.parameters()]
     assert gradient is not None
@@ -301,9 +303,10 @@ def _checkpointing(subject: Subject) -> None:
     before = {kind: _gradients(subject, kind) for kind in subject.kinds()}
     subject.frozen.enable_gradient_checkpointing()
     for kind, (losses_M, gradient) in before.items():
-        recomputed_M, regradient = _gradients(subject, kind)
-        demand_equal(recomputed_M, losses_M, f"{kind}: loss")
-        demand_equal(regradient, gradient, f"{kind}: gradient")
+        for packing in {subject.frozen.packable, False}:
+            recomputed_M, regradient = _gradients(subject, kind, packing=packing)
+            demand_equal(recomputed_M, losses_M, f"{kind}: loss")
+            demand_equal(regradient, gradient, f"{kind}: gradient")
 
 
 COLUMNS: dict[str, Callable[[Subject], None]] = {

@@ -246,3 +246,17 @@ def test_only_words_can_be_read_where_a_layer_looks_them_up_again(load: Callable
     assert next(iter(states.values()))[0].shape[1] == 3
     with pytest.raises(UnsupportedModelError, match="reads more of a token"):
         frozen.activations(frozen.embed([3, 1, 4]) * 1.01)
+
+
+@pytest.mark.parametrize("name", ["gpt-bigcode", "biogpt", "opt", "phi", "mixtral", "gpt2"])
+def test_recomputing_switches_every_dropout_off_on_padded_rows_too(name: str, tokenizer: Any) -> None:
+    """Packed rows know no dropout at all, so only padded ones show one that was forgotten."""
+    subject = Subject(DECODERS[name], tokenizer)
+    prompted = PromptedLM(subject.frozen, [subject.word_prompt("prefix")])
+    prompted.packing = False
+    batch = padded(rows_of_text(), [0, 0, 0], "right")
+    expected = prompted.label_losses(batch).losses_M
+    subject.frozen.enable_gradient_checkpointing()
+    found = prompted.label_losses(batch).losses_M
+    assert subject.frozen.model.training
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

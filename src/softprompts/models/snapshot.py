@@ -9,20 +9,13 @@ from typing import Any, Self
 from torch import nn
 from transformers import PreTrainedModel
 
+from softprompts.models.dropout import noise_of
+
 __all__ = ["ModelSnapshot"]
 
-_SWITCHES = (
-    "activation_dropout",
-    "attention_dropout",
-    "dropout",
-    "gradient_checkpointing",
-    "hidden_dropout",
-    "layerdrop",
-    "p",
-    "training",
-    "_gradient_checkpointing_func",
-)
-"""Attributes of modules that freezing, training and gradient checkpointing set. Weights are never touched."""
+_SWITCHES = ("gradient_checkpointing", "training", "_gradient_checkpointing_func")
+"""Attributes of modules that freezing, training and gradient checkpointing set, beside dropout and noise. Weights are
+never touched."""
 _MISSING = object()
 
 
@@ -72,7 +65,7 @@ class ModelSnapshot:
 
 def _switches(module: nn.Module) -> dict[str, Any]:
     held = vars(module)
-    return {name: held[name] for name in _SWITCHES if name in held}
+    return {name: held[name] for name in (*_SWITCHES, *noise_of(module)) if name in held}
 
 
 def _is_hooked(model: PreTrainedModel) -> bool:
