@@ -156,6 +156,7 @@ def _facts(
         "model": {"name": frozen.name, "fingerprint": frozen.fingerprint, "parameters": frozen.parameter_count},
         "prompt": None,
         "dtype": recipe.model.dtype,
+        "quantization": recipe.model.quantization,
         "device": str(frozen.device),
         "version": __version__,
     }

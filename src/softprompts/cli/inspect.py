@@ -115,7 +115,8 @@ def _print_facts(console: Console, report: dict[str, Any]) -> None:
         "length": str(report["length"]),
         "parameters": f"{parameters['stored']:,} stored{percent}; {parameters['trained']:,} were trained",
         "size on disk": f"{report['size_bytes'] / 1000:.1f} kB, {report['dtype']}",
-        "model": f"{model['name'] or 'unnamed'} ({model['family']}), fingerprint {model['fingerprint']}",
+        "model": f"{model['name'] or 'unnamed'} ({model['family']}), fingerprint {model['fingerprint']}"
+        + (f", kept in {model['quantization']}" if model["quantization"] else ""),
         "tokenizer": f"fingerprint {model['tokenizer_fingerprint']}",
         "imported from": report["source"],
         "task": report["task"] or "not stated",

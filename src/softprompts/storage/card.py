@@ -88,6 +88,7 @@ def _facts(info: PromptInfo) -> str:
         "model": _code(info.model.name),
         "model fingerprint": _code(info.model.fingerprint),
         "tokenizer fingerprint": _code(info.model.tokenizer_fingerprint),
+        **({"weights kept in": _code(info.model.quantization)} if info.model.quantization else {}),
         "family": _code("" if info.geometry.is_partial else info.geometry.family),
         **({"width": str(info.geometry.width)} if info.geometry.is_partial else {}),
         "kind": info.kind,
