@@ -74,10 +74,13 @@ class PreparedRun:
         """Put it in the form that the training loop takes."""
         from softprompts.training import EncodedBatches, Member
 
-        config, frozen = self.plan.config, self.objective.prompted.frozen
+        config, prompted = self.plan.config, self.objective.prompted
+        training = config.training
+        # Packed rows have no pads to save, and random batches teach more per step.
+        by_length = training.batching == "length" or (training.batching == "auto" and not prompted.packs)
         return Member(
             self.objective,
-            EncodedBatches(self.rows.train, config.training.batch_size, frozen.pad_id, config.training.seed),
+            EncodedBatches(self.rows.train, training.batch_size, prompted.frozen.pad_id, training.seed, by_length),
             config.training,
             optimizer=config.optimizer,
             schedule=config.schedule,

@@ -177,6 +177,9 @@ class TrainingConfig:
 
     max_steps: int = 1000
     batch_size: int = 16
+    batching: Literal["auto", "random", "length"] = "auto"
+    """Which rows share a batch: chance decides, or rows of similar length do, which saves padding and teaches less per
+    step. ``auto``: ``random`` where rows are packed, so that nothing is padded, and ``length`` elsewhere."""
     accumulation_steps: int = 1
     clip_norm: float | None = 1.0
     loss: Literal["token_mean", "sentence_sum"] = "token_mean"

@@ -25,7 +25,7 @@ from softprompts.errors import ConfigError, DataError, LengthError
 from softprompts.tasks.formats import END_TOKEN, Format
 from softprompts.types import Batch, Encoded, Example
 
-__all__ = ["IGNORED_LABEL", "bucketed_batches", "collate", "encode"]
+__all__ = ["IGNORED_LABEL", "bucketed_batches", "collate", "encode", "shuffled_batches"]
 
 IGNORED_LABEL = -100
 """Label of a position that is not learned, as in torch and transformers."""
@@ -170,6 +170,22 @@ def _targets(rows: Sequence[Encoded]) -> torch.Tensor | None:
     return targets_BU
 
 
+def shuffled_batches(rows: int, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """Cut a random order of the rows into batches, whatever their lengths; otherwise as :func:`bucketed_batches`.
+
+    Args:
+        rows: How many there are.
+        batch_size: Rows of a batch.
+        seed: Seed of the run.
+        epoch: Number of the epoch, from 0.
+
+    Raises:
+        ConfigError: ``batch_size`` is below 1.
+    """
+    order, _ = _shuffled(rows, batch_size, seed, epoch)
+    return [order[at : at + batch_size] for at in range(0, rows, batch_size)]
+
+
 def bucketed_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
     """Group rows of similar length into batches, in an order that depends on ``(seed, epoch)`` alone.
 
@@ -178,7 +194,9 @@ def bucketed_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoc
     remainder is one smaller batch). The same arguments give the same batches on every machine, so an epoch can be
     resumed in its middle by its position alone.
 
-    Padding changes neither loss nor gradient of a row; bucketing changes only which rows share a batch.
+    Padding changes neither loss nor gradient of a row; bucketing changes which rows share a batch. That is not free:
+    rows of one length are alike, and under a mean over tokens a batch of short rows weighs as much as one of long
+    rows, so a run learns less per step than from random batches (measured: docs/explanation/speed.md).
 
     Args:
         lengths: Tokens of every row.
@@ -189,11 +207,7 @@ def bucketed_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoc
     Raises:
         ConfigError: ``batch_size`` is below 1.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
-    generator = random.Random(f"{seed}/{epoch}")  # a string is seeded by its SHA-512, the same everywhere
-    order = list(range(len(lengths)))
-    generator.shuffle(order)
+    order, generator = _shuffled(len(lengths), batch_size, seed, epoch)
     window = batch_size * _WINDOW_BATCHES
     batches = []
     for start in range(0, len(order), window):
@@ -201,3 +215,12 @@ def bucketed_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoc
         batches += [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
     generator.shuffle(batches)
     return batches
+
+
+def _shuffled(rows: int, batch_size: int, seed: int, epoch: int) -> tuple[list[int], random.Random]:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
+    generator = random.Random(f"{seed}/{epoch}")  # a string is seeded by its SHA-512, the same everywhere
+    order = list(range(rows))
+    generator.shuffle(order)
+    return order, generator

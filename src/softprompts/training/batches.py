@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from softprompts.tasks.encode import bucketed_batches, collate
+from softprompts.tasks.encode import bucketed_batches, collate, shuffled_batches
 from softprompts.types import Batch, Encoded
 
 __all__ = ["EncodedBatches", "in_order"]
@@ -15,17 +15,25 @@ __all__ = ["EncodedBatches", "in_order"]
 @final
 @dataclass(frozen=True)
 class EncodedBatches:
-    """Length-bucketed training batches; a function of rows, seed, epoch and start alone."""
+    """Training batches; a function of rows, seed, epoch and start alone."""
 
     rows: Sequence[Encoded]
     batch_size: int
     pad_id: int
     seed: int = 0
+    by_length: bool = True
+    """Rows of similar length share a batch (less padding); otherwise chance decides alone (more learned per step)."""
+
+    def indices(self, epoch: int) -> list[list[int]]:
+        """Give the rows of every batch of one epoch."""
+        if not self.by_length:
+            return shuffled_batches(len(self.rows), self.batch_size, seed=self.seed, epoch=epoch)
+        lengths = [row.length for row in self.rows]
+        return bucketed_batches(lengths, self.batch_size, seed=self.seed, epoch=epoch)
 
     def __call__(self, epoch: int, start: int) -> Iterator[Batch]:
         """Give the batches of one epoch from number ``start`` on, padded on the right."""
-        lengths = [row.length for row in self.rows]
-        for indices in bucketed_batches(lengths, self.batch_size, seed=self.seed, epoch=epoch)[start:]:
+        for indices in self.indices(epoch)[start:]:
             yield collate([self.rows[index] for index in indices], pad_id=self.pad_id)
 
 

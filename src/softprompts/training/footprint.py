@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from softprompts.config import TrainingConfig
 from softprompts.models.memory import LiveMemory, peak_bytes, weight_bytes, without_data
 from softprompts.prompted import PromptedLM
-from softprompts.tasks.encode import bucketed_batches, collate
+from softprompts.tasks.encode import collate
 from softprompts.training.batches import EncodedBatches
 from softprompts.training.objective import Gradients, Objective, one_by_one
 from softprompts.training.optim import build_optimizer
@@ -102,9 +102,8 @@ def _updates(stream: EncodedBatches, config: TrainingConfig) -> Iterator[list[li
 
 
 def _batches(stream: EncodedBatches) -> Iterator[list[int]]:
-    lengths = [row.length for row in stream.rows]
     for epoch in count():
-        yield from bucketed_batches(lengths, stream.batch_size, seed=stream.seed, epoch=epoch)
+        yield from stream.indices(epoch)
 
 
 def _size(stream: EncodedBatches, rows: Sequence[int], padded: bool) -> int:
