@@ -4,6 +4,7 @@ The tree::
 
     SoftPromptsError
     ├── ConfigError (ValueError)             a recipe, an option or an override is wrong
+    │   └── UnknownPromptError (LookupError)      no prompt of that name is served
     ├── DataError (ValueError)               a record, a task format or a corpus is wrong
     │   └── DataNotFoundError (FileNotFoundError)  the file or data set does not exist
     ├── LengthError (ValueError)             a text does not fit into the context, a prompt has the wrong length
@@ -12,6 +13,7 @@ The tree::
     ├── ArtifactError (ValueError)           a prompt on disk is damaged, incomplete or of a refused kind
     ├── CheckpointError (RuntimeError)       a training state cannot be resumed
     ├── StorageError (OSError)               writing failed; what was there before is untouched
+    ├── QueueFullError (RuntimeError)        as many requests wait as may wait, or the engine takes no more
     ├── MissingExtraError (ImportError)      an optional dependency is not installed
     ├── DivergedError (ArithmeticError)      the training loss or its gradient is no finite number
     └── TrainingInterrupted (RuntimeError)   Ctrl-C or SIGTERM; the state was saved first
@@ -36,9 +38,11 @@ __all__ = [
     "LengthError",
     "MissingExtraError",
     "PromptMismatchError",
+    "QueueFullError",
     "SoftPromptsError",
     "StorageError",
     "TrainingInterrupted",
+    "UnknownPromptError",
     "UnsupportedModelError",
     "nearest",
 ]
@@ -50,6 +54,10 @@ class SoftPromptsError(Exception):
 
 class ConfigError(SoftPromptsError, ValueError):
     """A recipe, an option or an override is wrong."""
+
+
+class UnknownPromptError(ConfigError, LookupError):
+    """No prompt of that name is served."""
 
 
 class DataError(SoftPromptsError, ValueError):
@@ -89,6 +97,10 @@ class StorageError(SoftPromptsError, OSError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+class QueueFullError(SoftPromptsError, RuntimeError):
+    """As many requests wait as may wait, or the engine is shutting down; ask again later."""
 
 
 class MissingExtraError(SoftPromptsError, ImportError):

@@ -2,6 +2,33 @@
 
 from softprompts.inference.beam import BeamSearch
 from softprompts.inference.engine import Engine, Generation
+from softprompts.inference.engine_thread import EngineThread
+from softprompts.inference.pool import PoolStats, PromptPool, PromptSource
+from softprompts.inference.requests import Event, Output, Request, SamplingOptions, TokenLogprobs, collect
 from softprompts.inference.sampling import Constraints, OnePath, banned_sequences, draw, warp
+from softprompts.inference.scheduler import ServingLimits
+from softprompts.inference.serving import EngineStats, ServingEngine
 
-__all__ = ["BeamSearch", "Constraints", "Engine", "Generation", "OnePath", "banned_sequences", "draw", "warp"]
+__all__ = [
+    "BeamSearch",
+    "Constraints",
+    "Engine",
+    "EngineStats",
+    "EngineThread",
+    "Event",
+    "Generation",
+    "OnePath",
+    "Output",
+    "PoolStats",
+    "PromptPool",
+    "PromptSource",
+    "Request",
+    "SamplingOptions",
+    "ServingEngine",
+    "ServingLimits",
+    "TokenLogprobs",
+    "banned_sequences",
+    "collect",
+    "draw",
+    "warp",
+]

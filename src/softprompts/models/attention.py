@@ -29,6 +29,7 @@ from softprompts.models.kernels import packed_attention
 from softprompts.models.operators import packed_attention_operator
 from softprompts.models.packing import Packing
 from softprompts.models.sharing import PromptsOfRows, worth_sharing
+from softprompts.models.slot_pass import SlotPass
 from softprompts.models.source_attention import source_attention
 from softprompts.types import LayerKey, PromptStates
 
@@ -68,6 +69,8 @@ class Steering:
     """Leave relative position biases out: then a key counts the same wherever it stands (only a check needs that)."""
     packing: Packing | None = None
     """If given: the batch is one packed row and its prompts come from here (``keys_values`` is not looked at)."""
+    slots: SlotPass | None = None
+    """If given: the batch is one packed row of tokens of rows whose keys and values lie in slots, prompts included."""
     cache: InPlaceCache | None = None
     """While decoding: its layers keep columns free for prompts, which are written there at the first forward pass."""
     shared: bool = False
@@ -264,6 +267,10 @@ def attend(
     if steering.unbiased:
         kwargs["position_bias"] = None
     bias = kwargs.get("position_bias")
+    if steering.slots is not None:
+        if layer is None:
+            raise ValueError("an attention module that the probe did not see has no slots")
+        return steering.slots.attend(layer, query, key, value, kwargs), None
     if steering.packing is not None:
         return _attend_packed(steering.packing, layer, query, key, value, kwargs), None
     if layer is not None and layer in steering.keys_values:

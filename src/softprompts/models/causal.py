@@ -33,6 +33,7 @@ from softprompts.models.geometry import new_cache, probe
 from softprompts.models.head import OwnHead, body_of
 from softprompts.models.operators import register_operators
 from softprompts.models.packing import Packing
+from softprompts.models.slot_pass import SlotPass
 from softprompts.types import LayerKey, PromptStates
 
 __all__ = ["CausalModel"]
@@ -206,6 +207,22 @@ class CausalModel:
         unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids_M.device)
         steering, position_1M = Steering(self.probed.layer_of, packing=packing), packing.position_M[None]
         return self.run(steering, attention_mask=unused, position_ids=position_1M, use_cache=False, **tokens)[0]
+
+    def run_slots(self, ids_M: Tensor, slots: SlotPass) -> Tensor:
+        """Run tokens of rows whose keys and values lie in slots.
+
+        Args:
+            ids_M: Tokens, packed as the pass says.
+            slots: Where they belong.
+
+        Returns:
+            ``[M, D]``.
+        """
+        # A mask of four dimensions is handed to the layers as it is; what they see is decided by the slots.
+        unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids_M.device)
+        steering = Steering(self.probed.layer_of, slots=slots)
+        positions = {"attention_mask": unused, "position_ids": slots.column_M[None]}
+        return self.run(steering, input_ids=ids_M[None], use_cache=False, **positions)[0]
 
     def _forward(self, steering: Steering, **inputs: Any) -> Tensor:
         """Call the model with the arguments that it knows."""

@@ -19,9 +19,11 @@ from softprompts.models.attention import Steering
 from softprompts.models.causal import CausalModel
 from softprompts.models.inputs import position_ids
 from softprompts.models.packing import pack
+from softprompts.models.slot_pass import SlotPass, Span
+from softprompts.models.slots import SlotCache
 from softprompts.types import PromptStates
 
-__all__ = ["packs_exactly", "verify_causal"]
+__all__ = ["packs_exactly", "runs_in_slots", "verify_causal"]
 
 _LONGEST = 8
 """Tokens of the check, or fewer where a window is shorter: then all of them see each other."""
@@ -143,3 +145,43 @@ def packs_exactly(causal: CausalModel, vocab_size: int) -> bool:
     allowed = 1e-4 if causal.model.dtype == torch.float32 else 0.1
     difference = (together_MD.float() - expected_MD).abs().max() / expected_MD.abs().max().clamp(min=1e-6)
     return bool(difference < allowed)
+
+
+@torch.no_grad()
+def runs_in_slots(causal: CausalModel, vocab_size: int) -> bool:
+    """Try whether rows in slots get the logits of plain text: read in two pieces and continued, one with a prompt."""
+    geometry, device = causal.probed.geometry, causal.model.device
+    if not causal.through_attention:
+        return False
+    windows = [site.window for site in geometry.sites if site.window is not None]
+    T = max(_SHORTEST, min([_LONGEST, *windows]))
+    P = T // 2
+    ids_2T = torch.randint(vocab_size, (2, T), generator=torch.Generator().manual_seed(0)).to(device)
+    try:
+        state = PromptStates(
+            P, keys_values=causal.activations(causal.model.get_input_embeddings()(ids_2T[0, :P]).clone())
+        )
+        cache = SlotCache(geometry, dtype=causal.model.dtype, device=device, limit_bytes=1 << 40)
+        cache.open(0, T, state)
+        cache.open(1, T)
+        found = torch.zeros(2, T, dtype=torch.bool, device=device)
+        logits_2TV = torch.zeros(2, T, geometry.vocab_size, device=device)
+        for spans in (
+            [Span(1, 0, 2)],
+            [Span(0, P, T - P - 1), Span(1, 2, T - 3)],
+            [Span(0, T - 1, 1), Span(1, T - 1, 1)],
+        ):
+            slots = SlotPass(cache, spans)
+            ordered = [spans[number] for number in slots.order]
+            row_M = torch.tensor([span.row for span in ordered for _ in range(span.length)], device=device)
+            hidden_MD = causal.run_slots(ids_2T[row_M, slots.column_M], slots)
+            logits_MV = causal.head(hidden_MD)
+            logits_2TV[row_M, slots.column_M, : logits_MV.shape[1]] = logits_MV
+            found[row_M, slots.column_M] = True
+        expected_2TV = causal.own_logits(ids_2T)
+    except _MISHAPS:
+        return False  # its forward cannot take a packed row, or its attention more than the slots know
+    exact = causal.model.dtype == torch.float32
+    error_MV = (logits_2TV[..., : expected_2TV.shape[-1]] - expected_2TV)[found].abs()
+    size = float(error_MV.max() if exact else error_MV.mean()) / float(expected_2TV.std().clamp(min=1e-6))
+    return size <= (1e-3 if exact else 0.6)

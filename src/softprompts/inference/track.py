@@ -1,0 +1,102 @@
+"""One output that is being made: its tokens, how far they are computed, its text, its random numbers."""
+
+from __future__ import annotations
+
+import random
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from softprompts.errors import SoftPromptsError
+from softprompts.inference.requests import Request
+from softprompts.inference.text_stream import TextStream
+from softprompts.types import PromptStates
+
+__all__ = ["LeasedPrompt", "Track"]
+
+
+class LeasedPrompt(Protocol):
+    """A prompt that stays in memory until it is released; :class:`softprompts.inference.pool.Lease` is one."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be used."""
+        ...
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether it cannot be loaded before others are released."""
+        ...
+
+    @property
+    def error(self) -> Exception | None:
+        """Why it will never be ready."""
+        ...
+
+    @property
+    def states(self) -> PromptStates:
+        """What it comes down to."""
+        ...
+
+    def release(self) -> None:
+        """Let go of it."""
+        ...
+
+
+class Track:
+    """One output of a request. Owned by the scheduler.
+
+    Args:
+        number: Names its row; rises with arrival.
+        request: What was asked for.
+        index: Number of the output, below ``n``.
+        seed: Of its draws; those of output i of a seed are those of row i of :meth:`Engine.generate` with this seed.
+        tokenizer: Decodes its tokens.
+    """
+
+    def __init__(
+        self, number: int, request: Request, index: int, *, seed: int, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self.number, self.request, self.index = number, request, index
+        self.options = request.options
+        self.tokens = list(request.ids)
+        """Input and output."""
+        self.lease: LeasedPrompt | None = None
+        self.prompt_length = 0
+        """P, known when the prompt is there."""
+        self.computed = 0
+        """Positions whose keys and values are there, the prompt's included; 0 while it waits."""
+        self.text = TextStream(tokenizer, self.options.stop)
+        self.random = random.Random(f"{seed}/{index}")
+        self.cancelled = False
+        self.failure: Exception | None = None
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the output so far."""
+        return len(self.tokens) - len(self.request.ids)
+
+    @property
+    def length(self) -> int:
+        """Positions of prompt, input and output so far."""
+        return self.prompt_length + len(self.tokens)
+
+    @property
+    def missing(self) -> int:
+        """Tokens that have to be computed before the next one can be chosen."""
+        return self.length - self.computed
+
+    @property
+    def early(self) -> bool:
+        """Whether the output may not end yet."""
+        return self.generated < self.options.min_tokens
+
+    def fail(self, error: Exception) -> None:
+        """Take note of why it ends; a mistake of a user's is told as it is."""
+        self.failure = error if isinstance(error, SoftPromptsError) else RuntimeError(f"internal error: {error!r}")
+
+    def let_go(self) -> None:
+        """Release its prompt."""
+        if self.lease is not None:
+            self.lease.release()
+            self.lease = None
