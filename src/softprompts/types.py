@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, device
 
 __all__ = [
+    "UNLABELLED",
     "Batch",
     "Encoded",
     "Example",
@@ -26,6 +27,10 @@ __all__ = [
     "Segment",
     "TextEmbedder",
 ]
+
+
+UNLABELLED = "<unk>"
+"""Target of a test record whose label the data set keeps secret, as in T5's preprocessors."""
 
 
 class LayerKey(NamedTuple):
@@ -120,6 +125,8 @@ class Example:
     """The legal answers of a classification task, empty for free text."""
     id: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    tail: str = ""
+    """The end of ``input`` that truncation spares as long as it can (the question behind a passage)."""
 
     @property
     def all_references(self) -> tuple[str, ...]:
@@ -213,6 +220,10 @@ class Prediction:
     finished: bool | None = None
     """Whether the model ended the text itself; ``False``: it was cut at ``max_new_tokens``."""
     new_tokens: int | None = None
+    ranked: str | None = None
+    """The likeliest of the example's choices, where they were ranked."""
+    choice_scores: tuple[float, ...] = ()
+    """What the choices were ranked by, in the order of ``example.choices``."""
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,10 @@ def test_rouge_score_with_and_without_stemming():
 
 def test_f1_of_the_positive_class():
     references = [["True"], ["True"], ["False"], ["False"]]
-    assert value("f1", ["True", "False", "True", "nonsense"], references) == pytest.approx(50.0)
+    assert value("f1", ["True", "False", "True", "False"], references) == pytest.approx(50.0)
+    # no label at all is the wrong label: 1 of 2 found, 3 said
+    assert value("f1", ["True", "False", "True", "nonsense"], references) == pytest.approx(100 * 2 / (3 + 2))
+    assert value("f1", ["True", "", "False", "False"], references) == pytest.approx(100 * 2 / (1 + 2))
     assert value("f1", ["False"] * 4, references) == 0.0
     with pytest.raises(DataError, match="label 'cat' is the positive class"):
         value("f1", ["cat"], [["cat"]])

@@ -1,5 +1,7 @@
 """Token ids, masks, labels, truncation and batches."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from softprompts.errors import ConfigError, DataError, LengthError
 from softprompts.tasks import END_TOKEN, TextFormat
-from softprompts.tasks.encode import bucketed_batches, collate, encode
+from softprompts.tasks.encode import bucketed_batches, collate, encode, encode_choices, shuffled_batches
 from softprompts.types import Encoded, Example, Segment
 
 EOS, PAD = 256, 257
@@ -186,6 +188,22 @@ def test_an_epoch_has_every_row_once(lengths: list[int], batch_size: int, seed: 
     assert batches == bucketed_batches(lengths, batch_size, seed=seed, epoch=epoch)
 
 
+@given(st.integers(0, 400), st.integers(1, 40), st.integers(0, 2**32), st.integers(0, 50))
+def test_random_batches_have_every_row_once_too(rows: int, batch_size: int, seed: int, epoch: int):
+    batches = shuffled_batches(rows, batch_size, seed=seed, epoch=epoch)
+    assert sorted(index for batch in batches for index in batch) == list(range(rows))
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    assert batches == shuffled_batches(rows, batch_size, seed=seed, epoch=epoch)
+
+
+def test_random_batches_know_nothing_of_lengths():
+    lengths = list(range(1000))
+    spread = [np.std([lengths[i] for i in batch]) for batch in shuffled_batches(1000, 10, seed=0, epoch=0)]
+    assert np.median(spread) > 200
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        shuffled_batches(2, 0, seed=0, epoch=0)
+
+
 def test_seeds_and_epochs_give_different_orders_that_never_change():
     lengths = [3, 1, 2, 5, 4, 1, 9, 2, 6, 6]
     orders = {str(bucketed_batches(lengths, 2, seed=seed, epoch=epoch)) for seed in range(3) for epoch in range(3)}
@@ -233,3 +251,40 @@ def test_an_infix_goes_where_the_input_ends():
         assert infix_B.tolist() == [4, 1]
     assert collate([rows[0], Encoded((1, 2), 1, example)], pad_id=PAD).infix_B is None
     assert make(example, end_ids=(1,)).infix_at is None
+
+
+# --- tails, choices --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("room", "kept"),
+    [
+        (40, "passage: abcdef question: xy"),
+        (28, "passage: abcdef question: xy"),
+        (25, "passage: abc question: xy"),
+        (13, " question: xy"),
+        (4, " que"),
+    ],
+)
+@pytest.mark.parametrize("paired", [False, True])
+def test_truncation_spares_the_tail_of_an_input(room: int, kept: str, paired: bool):
+    example = Example("passage: abcdef question: xy", "no", tail=" question: xy")
+    ends = {"end_ids": (EOS,)} if paired else {}
+    around = 1 if paired else len("\nno") + 1
+    row = make(example, max_length=room + around, on_long="truncate", **ends)
+    assert row.ids == ((*ids_of(kept), EOS) if paired else (*ids_of(kept + "\nno"), EOS))
+    assert row.infix_at == (None if paired else len(kept))
+
+
+def test_choices_are_what_stands_behind_the_input():
+    examples = [Example("a", "no", choices=("no", "yes")), Example("b", "b", choices=("b",)), Example("c", "")]
+    examples.append(Example("d", "yes", choices=("no", "yes"), tail="d"))
+    options = {"eos_id": EOS}
+    found = encode_choices(examples, layout(" =>", target_lead=" "), tokenize, **options)
+    assert found[0] == ((*ids_of(" no"), EOS), (*ids_of(" yes"), EOS))
+    assert found[1:] == [((*ids_of(" b"), EOS),), (), found[0]]
+    for target in ("no", "yes"):
+        row = make(replace(examples[0], target=target), layout(" =>", target_lead=" "))
+        assert row.target_ids in found[0]
+    paired = encode_choices(examples, layout(" =>", target_lead=" "), tokenize, bos_ids=(7,), end_ids=(EOS,), **options)
+    assert paired[1] == ((7, *ids_of("b"), EOS),)

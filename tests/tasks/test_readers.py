@@ -84,6 +84,12 @@ def test_every_task_but_rnnlg_is_on_the_hub(name: str):
         ('They saw him run. "Help him," she said. ', "him", 5, 'They saw him run. "Help *him* ," she said.'),
         ("They may want to use it , but not it now", "it", 4, "They may want to use *it* , but not it now"),
         ("Ann thanked Bea. She smiled", "She", 3, "Ann thanked Bea. *She* smiled"),
+        (
+            "The cup fell when it  tipped . ",
+            "it",
+            4,
+            "The cup fell when *it*  tipped . ",
+        ),  # T5 leaves blanks as they are
         ("It is its lid", "it", 9, None),
     ],
 )
@@ -108,6 +114,48 @@ def test_wsc_trains_on_true_items_and_judges_all(kind: str):
         ("False", "The shelf"),
         ("True", "Tom"),
     ]
+
+
+def test_the_two_sentences_that_t5_spells_out():
+    """As in T5's preprocessor, byte for byte."""
+    whip = (
+        "The boy continued to whip the pony , and eventually the pony threw him over. John laughed out quite loud. "
+        '"Good for him," he said. '
+    )
+    assert mark_pronoun(whip, "him", whip.split().index('him,"')) == whip.replace('him,"', '*him* ,"').rstrip()
+    pebble = (
+        "When they had eventually calmed down a bit , and had gotten home, Mr. Farley put the magic pebble in an iron "
+        "safe . Some day they might want to use it , but really for now, what more could they wish for?"
+    )
+    assert mark_pronoun(pebble, "it", pebble.split().index("use")) == pebble.replace("use it ,", "use *it* ,")
+
+
+SECRET = {
+    "glue_sst2": {"sentence": "fine", "label": -1},
+    "glue_mrpc": {"sentence1": "a", "sentence2": "b", "label": -1},
+    "superglue_boolq": {"passage": "a", "question": "b", "idx": 0},
+    "superglue_multirc": {
+        "idx": 0,
+        "passage": {"text": "a", "questions": [{"question": "b", "idx": 0, "answers": [{"text": "c", "idx": 0}]}]},
+    },
+    "superglue_record": {
+        "idx": 0,
+        "passage": {"text": "Bea ran", "entities": [{"start": 0, "end": 2}]},
+        "qas": [{"idx": 0, "query": "@placeholder ran"}],
+    },
+    "superglue_wsc": {"text": "Bea ran , she won", "span1_text": "Bea", "span2_text": "she", "span2_index": 3},
+}
+
+
+@pytest.mark.parametrize("name", SECRET)
+def test_a_test_record_without_its_label_has_the_target_unk(name: str, tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(SECRET[name]))
+    task = get_task(TaskConfig(name=name, dev=str(path), test=str(path)))
+    (example,) = task.load("test")
+    assert "<unk>" in (example.target, *example.references)
+    with pytest.raises(DataError, match=r"rows\.jsonl', line 1: "):
+        task.load("dev")
 
 
 @pytest.mark.parametrize("kind", ["local", "hub"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json as json_module
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,13 +20,14 @@ from softprompts.errors import ArtifactError, ConfigError, DataError, DataNotFou
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from softprompts.evaluation.classification import Majority
     from softprompts.evaluation.evaluate import EvaluationReport
     from softprompts.models import FrozenLM
     from softprompts.storage.manifest import PromptInfo
     from softprompts.tasks.task import Task
-    from softprompts.types import Encoded
+    from softprompts.types import Encoded, Example
 
-__all__ = ["evaluate", "generate"]
+__all__ = ["evaluate", "generate", "read_lines", "recipe_of"]
 
 _ModelOption = Annotated[
     str | None,
@@ -57,15 +59,20 @@ def evaluate(
     ] = None,
     json: JsonOption = None,
 ) -> None:
-    """Generate an answer to every record, and report metrics, loss and perplexity with standard errors."""
-    recipe = _recipe_of(prompt, model, task, [*template_overrides(format, target), *(set_ or [])])
+    """Answer every record, and report metrics, loss and perplexity with standard errors.
+
+    A task with label words is judged in both ways: by what the model writes (what is no label is counted, and wrong),
+    and by the label that it finds likeliest (ranked/...); --set evaluation.prediction=generate or rank takes one of
+    them. What the most common label would get stands beside it (majority/...).
+    """
+    recipe = recipe_of(prompt, model, task, [*template_overrides(format, target), *(set_ or [])])
     if limit is not None:
         recipe = replace(recipe, task=replace(recipe.task, limit_train=limit, limit_dev=limit))
     console = console_for(json)
 
     from rich.progress import Progress
 
-    from softprompts.cli.loading import encode_rows, load_frozen
+    from softprompts.cli.loading import encode_rows, load_frozen, ranking_of
     from softprompts.evaluation.evaluate import evaluate as run
     from softprompts.evaluation.evaluate import write_report
     from softprompts.inference import Engine
@@ -73,20 +80,32 @@ def evaluate(
     from softprompts.storage.artifact import load_prompt
     from softprompts.tasks import get_task
 
-    chosen = get_task(recipe.task)
+    chosen, way = get_task(recipe.task), recipe.evaluation.prediction
     examples = chosen.load(split, recipe.task)
+    scored = not _keeps_labels_secret(examples)
+    if not scored:
+        console.print(f"the labels of the {split} split are secret: nothing is scored", markup=False)
     frozen = load_frozen(recipe.model)
     loaded = None if prompt is None else load_prompt(prompt, frozen)
     engine = Engine(PromptedLM(frozen, [] if loaded is None else [loaded.prompt]))
     row_prompt = -1 if loaded is None else 0
+    inputs = encode_rows(examples, chosen, frozen, recipe.task, prompt=row_prompt, with_target=False)
+    by = recipe.evaluation.ranking
+    ranking = None if way == "generate" else ranking_of(inputs, chosen, frozen, recipe.task, by)
+    if way == "rank" and ranking is None:
+        raise ConfigError(f"task '{chosen.name}' has no choices to rank: set evaluation.prediction=generate")
     with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("generating", total=len(examples))
+        ways = (way != "rank") + (ranking is not None)
+        bar = progress.add_task("answering", total=len(examples) * ways)
         report = run(
             engine,
-            encode_rows(examples, chosen, frozen, recipe.task, prompt=row_prompt, with_target=False),
-            encode_rows(examples, chosen, frozen, recipe.task, prompt=row_prompt),
-            metrics=recipe.evaluation.metrics or chosen.metrics,
+            inputs,
+            encode_rows(examples, chosen, frozen, recipe.task, prompt=row_prompt) if scored else None,
+            metrics=(recipe.evaluation.metrics or chosen.metrics) if scored else (),
             decoding=recipe.evaluation.decoding,
+            generating=way != "rank",
+            ranking=ranking,
+            majority=_majority(chosen, recipe.task, split, examples) if scored else None,
             seed=seed,
             facts=_facts(chosen, split, recipe, frozen, prompt, None if loaded is None else loaded.info),
             on_progress=lambda count: progress.advance(bar, count),
@@ -97,7 +116,25 @@ def evaluate(
     write_json(json, report.to_dict())
 
 
-def _recipe_of(prompt: Path | None, model: str | None, task: str | None, overrides: Sequence[str]) -> TrainRecipe:
+def _keeps_labels_secret(examples: Sequence[Example]) -> bool:
+    from softprompts.types import UNLABELLED
+
+    return any(UNLABELLED in (example.target, *example.references) for example in examples)
+
+
+def _majority(task: Task, config: TaskConfig, split: str, examples: Sequence[Example]) -> Majority | None:
+    """Find the most common label: of the training split where it lies on this machine, else of the one judged."""
+    from softprompts.evaluation.classification import majority_of
+
+    if not task.choices:
+        return None
+    if split != "train" and task.source.is_at_hand("train"):
+        with contextlib.suppress(DataError, ConfigError):  # a yardstick is no reason to fail on another split's records
+            return majority_of(task.load("train", replace(config, limit_train=None)), "train")
+    return majority_of(examples, split)
+
+
+def recipe_of(prompt: Path | None, model: str | None, task: str | None, overrides: Sequence[str]) -> TrainRecipe:
     """Put the recipe of an evaluation together: the prompt's own, then the options, then the overrides."""
     recipe = TrainRecipe() if prompt is None else _saved_recipe(prompt)
     if task is None and not _names_task(recipe):
@@ -182,13 +219,24 @@ def _show(report: EvaluationReport, console: Console) -> None:
     for one in report.predictions[:_SHOWN_SAMPLES]:
         console.print(f"input      {one.example.input}", markup=False)
         console.print(f"prediction {one.text}", markup=False)
+        if one.ranked is not None:
+            console.print(f"likeliest  {one.ranked}", markup=False)
         console.print(f"reference  {one.example.all_references[0]}\n", markup=False)
-    cut = sum(not one.finished for one in report.predictions)
-    console.print(
-        f"{len(report.predictions)} records in {sum(report.seconds.values()):.1f} s; {cut} outputs were cut at "
-        f"{report.decoding.max_new_tokens} tokens",
-        markup=False,
-    )
+    for line in _notes(report):
+        console.print(line, markup=False)
+
+
+def _notes(report: EvaluationReport) -> Iterator[str]:
+    """What is said below the table."""
+    records, illegal, majority = len(report.predictions), report.illegal, report.majority
+    if illegal is not None:
+        often = "".join(f"; most often {text!r} ({count})" for text, count in illegal.commonest[:1])
+        yield f"{illegal.count} of {records} answers ({illegal.share.value:.3g} %) are no label{often}"
+    if majority is not None:
+        yield f"majority: '{majority.label}', {100 * majority.share:.3g} % of the {majority.counted_on} split"
+    cut = sum(one.finished is False for one in report.predictions)
+    length = f"; {cut} outputs were cut at {report.decoding.max_new_tokens} tokens" if report.generated else ""
+    yield f"{records} records in {sum(report.seconds.values()):.1f} s{length}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -228,7 +276,7 @@ def generate(
     names = _prompt_names(directories)
     saved = [_saved_recipe(path) for path in directories] or [TrainRecipe()]
     recipes = [_with_decoding(recipe, set_ or []) for recipe in saved]
-    requests = list(_read_requests(_lines(file), str(file or "standard input"), names))
+    requests = list(_read_requests(read_lines(file), str(file or "standard input"), names))
 
     from softprompts.cli.loading import load_frozen
     from softprompts.inference import Engine
@@ -263,7 +311,8 @@ def _prompt_names(directories: Sequence[Path]) -> list[str]:
     return names
 
 
-def _lines(file: Path | None) -> list[str]:
+def read_lines(file: Path | None) -> list[str]:
+    """Read the lines of a file, or of standard input for ``None`` and ``-``."""
     try:
         text = sys.stdin.read() if file is None or str(file) == "-" else file.read_text(encoding="utf-8")
     except OSError as error:

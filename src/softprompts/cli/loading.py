@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from softprompts.config import ModelConfig, TaskConfig
 
 if TYPE_CHECKING:
+    from softprompts.evaluation.predict import Ranking
     from softprompts.models import FrozenLM
     from softprompts.tasks.task import Task
     from softprompts.types import Encoded, Example
@@ -21,6 +23,7 @@ __all__ = [
     "TemplateOption",
     "encode_rows",
     "load_frozen",
+    "ranking_of",
     "resolve_model",
     "template_overrides",
 ]
@@ -117,3 +120,36 @@ def encode_rows(
         )
         for example in examples
     ]
+
+
+def ranking_of(
+    rows: Sequence[Encoded], task: Task, frozen: FrozenLM, config: TaskConfig, by: Literal["sum", "mean", "prior"]
+) -> Ranking | None:
+    """Encode the choices of some rows, for ranking; ``None`` where a row has none.
+
+    Args:
+        rows: Inputs.
+        task: As :meth:`Task.configured` gave it.
+        frozen: Brings the tokenizer and its special tokens.
+        config: Lengths.
+        by: What the choices are ranked by.
+    """
+    from softprompts.evaluation.predict import Ranking
+    from softprompts.tasks.encode import encode_choices
+
+    if not rows or not all(row.example.choices for row in rows):
+        return None
+    choices = encode_choices(
+        [row.example for row in rows],
+        task.format,
+        frozen.tokenize,
+        eos_id=frozen.eos_id,
+        bos_ids=frozen.bos_ids,
+        end_ids=frozen.end_ids,
+    )
+    priors: list[Encoded] = []
+    if by == "prior":
+        for row in rows:
+            empty = replace(row.example, input="", tail="")
+            priors += encode_rows([empty], task, frozen, config, prompt=row.prompt, with_target=False)
+    return Ranking(choices, by, priors)

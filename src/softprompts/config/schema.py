@@ -223,7 +223,15 @@ class EvaluationConfig:
     metrics: tuple[str, ...] = ()
     """Names of metrics; empty means the task's own."""
     selection: str | None = None
-    """The metric that picks the best checkpoint: a task metric, or ``loss`` (the default)."""
+    """What picks the best checkpoint: a metric, ``mean`` of the metrics (prompt-tuning paper), or ``loss``; ``null``
+    leaves it to the task."""
+    prediction: Literal["generate", "rank", "both"] = "both"
+    """How a task with choices is judged: by what the model writes (an answer that is no label is wrong), by the choice
+    that it finds likeliest (metrics ``ranked/...``; the dev metric that selects is then of this kind too), or both
+    (the dev metric is then of generated answers, unless ``selection`` names a ``ranked/...`` one)."""
+    ranking: Literal["sum", "mean", "prior"] = "sum"
+    """What choices are ranked by: the log-probability of all their tokens, its mean over them, or what it gains over
+    that behind an empty input."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     limit: int | None = None
 

@@ -10,23 +10,24 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from softprompts.config import DecodingConfig, to_dict
 from softprompts.errors import DataError, MissingExtraError, StorageError
-from softprompts.evaluation.metrics import score_all, unusable
-from softprompts.evaluation.predict import predict
+from softprompts.evaluation.classification import ILLEGAL, MAJORITY, RANKED, IllegalAnswers, Majority, illegal_answers
+from softprompts.evaluation.metrics import score, unusable
+from softprompts.evaluation.predict import Ranking, predict, rank
 from softprompts.evaluation.scorers import METRICS
 from softprompts.inference import Engine
 from softprompts.prompted import PromptedLM
 from softprompts.tasks.encode import collate
-from softprompts.types import Encoded, MetricValue, Prediction, PromptStates
+from softprompts.types import UNLABELLED, Encoded, MetricValue, Prediction, PromptStates
 
-__all__ = ["EvaluationReport", "TargetLosses", "evaluate", "target_losses", "write_report"]
+__all__ = ["EvaluationReport", "Report", "TargetLosses", "evaluate", "target_losses", "write_report"]
 
 _SAMPLES_FILE, _REPORT_FILE = "samples.jsonl", "evaluation.json"
 
@@ -104,7 +105,8 @@ class EvaluationReport:
     """What an evaluation found."""
 
     metrics: Mapping[str, MetricValue]
-    """By name; ``loss`` (nats per token) and ``perplexity`` among them where the targets were measured."""
+    """By name; ``loss`` (nats per token) and ``perplexity`` among them where the targets were measured. ``ranked/`` in
+    front of a name: of the likeliest choices; ``majority/``: of the majority class; ``illegal``: per 100 answers."""
     predictions: tuple[Prediction, ...]
     scores: Mapping[str, tuple[float, ...]]
     """Per metric the score of every record alone (a corpus score such as BLEU is not their mean)."""
@@ -114,9 +116,19 @@ class EvaluationReport:
     resamples: int
     """Of the bootstrap behind the metrics' standard errors."""
     seconds: Mapping[str, float]
-    """Wall-clock time of ``generate`` and of ``loss``."""
+    """Wall-clock time of ``generate``, of ``rank`` and of ``loss``."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What was measured: model, prompt, task, split (plain data)."""
+    ranked_by: str | None = None
+    """What choices were ranked by; ``None`` where they were not."""
+    illegal: IllegalAnswers | None = None
+    """Of generated answers, where there are choices."""
+    majority: Majority | None = None
+
+    @property
+    def generated(self) -> bool:
+        """Whether the predictions were generated, and not ranked alone."""
+        return any(one.finished is not None for one in self.predictions)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the predictions, as plain data; a number that is not finite becomes ``None``."""
@@ -128,8 +140,12 @@ class EvaluationReport:
                 name: {"value": _finite(metric.value), "stderr": _finite(metric.stderr)}
                 for name, metric in self.metrics.items()
             },
+            "generated": self.generated,
+            "ranked_by": self.ranked_by,
+            "illegal": None if self.illegal is None else self.illegal.to_dict(),
+            "majority": None if self.majority is None else self.majority.to_dict(),
             "records": len(self.predictions),
-            "finished": sum(bool(one) for one in finished),
+            "finished": sum(bool(one) for one in finished) if self.generated else None,
             "target_tokens": sum(self.losses.tokens) if self.losses else None,
             "generated_tokens": generated,
             "decoding": to_dict(self.decoding),
@@ -153,6 +169,9 @@ class EvaluationReport:
             "finished": one.finished,
             "new_tokens": one.new_tokens,
         }
+        if one.ranked is not None:
+            sample["ranked"] = one.ranked
+            sample["choices"] = dict(zip(one.example.choices, map(_finite, one.choice_scores), strict=True))
         if self.losses is not None:
             sample["target_nll"] = _finite(self.losses.nll[index])
             sample["target_tokens"] = self.losses.tokens[index]
@@ -166,31 +185,95 @@ def evaluate(
     *,
     metrics: Sequence[str],
     decoding: DecodingConfig,
+    generating: bool = True,
+    ranking: Ranking | None = None,
+    majority: Majority | None = None,
     seed: int = 0,
     resamples: int = 1000,
     facts: Mapping[str, Any] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> EvaluationReport:
-    """Generate, score, and measure the targets.
+    """Generate or rank or both, score, and measure the targets.
 
     Args:
         engine: The model with its prompts.
         inputs: The examples without their targets, each row with its own prompt.
         targets: The same examples with their targets, in the same order; ``None`` measures no loss.
         metrics: Names of metrics (:data:`~softprompts.evaluation.scorers.base.METRICS`).
-        decoding: How outputs are generated.
+        decoding: How outputs are generated; of it, ranking takes the size of a batch.
+        generating: Whether they are; without, ``ranking`` is needed.
+        ranking: The choices of the inputs, where they are to be ranked as well.
+        majority: The class that is most common, where it is to be scored as well.
         seed: For sampling and for the bootstrap.
         resamples: Of the bootstrap.
         facts: What is measured, kept in the report.
-        on_progress: Called with the number of outputs that just became ready.
+        on_progress: Called with the number of outputs that just became ready, and so again of ranked rows.
 
     Raises:
         ConfigError: A metric is unknown, or the decoding options make no sense.
         MissingExtraError: A metric needs something that is not installed.
-        DataError: There are no records, or ``targets`` are other records than ``inputs``.
+        DataError: There are no records, ``targets`` are other records than ``inputs``, or nothing is asked for.
         LengthError: A row does not fit into the context.
     """
-    chosen = [METRICS.get(name) for name in metrics]  # what cannot be scored is refused before minutes of work
+    _check(inputs, targets, metrics)
+    if generating:
+        engine.check(inputs, decoding)
+    elif ranking is None:
+        raise DataError("there is nothing to do: neither generating nor ranking is asked for")
+    states, times = engine.fold(), [time.perf_counter()]
+    losses = None
+    if targets is not None:  # first, because it is quick and finds targets that do not fit
+        losses = target_losses(engine.prompted, targets, batch_size=decoding.batch_size, states=states)
+    times.append(time.perf_counter())
+    ranked: list[Prediction] = []
+    if ranking is not None:
+        size = decoding.batch_size
+        ranked = rank(engine, inputs, ranking, states=states, batch_size=size, on_progress=on_progress)
+    times.append(time.perf_counter())
+    said: list[Prediction] = []
+    if generating:
+        said = predict(engine, inputs, decoding, states=states, seed=seed, on_progress=on_progress)
+    times.append(time.perf_counter())
+    values, scores = _judged(metrics, {"": said, RANKED: ranked}, resamples, seed)
+    illegal = illegal_answers(said) if said else None
+    if illegal is not None:
+        values[ILLEGAL] = illegal.share
+    if majority is not None:
+        references, groups = _references(said or ranked)
+        found = majority.metrics(metrics, references, resamples=resamples, seed=seed, groups=groups)
+        values |= {f"{MAJORITY}{name}": value for name, value in found.items()}
+    if losses is not None:
+        values |= {"loss": losses.loss, "perplexity": losses.perplexity}
+    return EvaluationReport(
+        metrics=values,
+        predictions=tuple(_merged(said, ranked)),
+        scores=scores,
+        losses=losses,
+        decoding=decoding,
+        seed=seed,
+        resamples=resamples,
+        seconds={name: times[at + 1] - times[at] for at, name in enumerate(("loss", "rank", "generate"))},
+        facts=dict(facts or {}),
+        ranked_by=None if ranking is None else ranking.by,
+        illegal=illegal,
+        majority=majority,
+    )
+
+
+def _merged(said: Sequence[Prediction], ranked: Sequence[Prediction]) -> Sequence[Prediction]:
+    """What was generated, with what was ranked beside it."""
+    if not (said and ranked):
+        return said or ranked
+    return [
+        replace(one, ranked=other.ranked, choice_scores=other.choice_scores)
+        for one, other in zip(said, ranked, strict=True)
+    ]
+
+
+def _check(inputs: Sequence[Encoded], targets: Sequence[Encoded] | None, metrics: Sequence[str]) -> None:
+    """Refuse what cannot be scored before minutes of work."""
+    for name in metrics:
+        METRICS.get(name)
     if lacking := unusable(metrics):
         raise MissingExtraError(
             "; ".join(f"metric '{name}' cannot be computed: {why}" for name, why in lacking.items())
@@ -199,34 +282,52 @@ def evaluate(
         raise DataError("there are no records to evaluate on; expected at least one")
     if targets is not None and [row.example.id for row in targets] != [row.example.id for row in inputs]:
         raise DataError("inputs and targets are not the same records in the same order; encode one list twice")
-    engine.check(inputs, decoding)
-    started = time.perf_counter()
-    losses, states = None, engine.fold()
-    if targets is not None:  # first, because it is quick and finds targets that do not fit
-        losses = target_losses(engine.prompted, targets, batch_size=decoding.batch_size, states=states)
-    measured = time.perf_counter()
-    predictions = predict(engine, inputs, decoding, states=states, seed=seed, on_progress=on_progress)
-    generated = time.perf_counter()
-    texts = [one.text for one in predictions]
-    references = [one.example.all_references for one in predictions]
+    secret = next((row for row in inputs if UNLABELLED in (row.example.target, *row.example.references)), None)
+    if secret is not None and (metrics or targets is not None):
+        raise DataError(
+            f"record '{secret.example.id}' has no label (the data set keeps those of its test split secret), so "
+            "nothing can be scored; judge another split, or ask for predictions alone (no metrics, no targets)"
+        )
+
+
+def _references(predictions: Sequence[Prediction]) -> tuple[list[tuple[str, ...]], tuple[str, ...] | None]:
+    """References of every record, and the groups that records are judged by (MultiRC: answers of one question)."""
     named = tuple(str(one.example.metadata.get("group", "")) for one in predictions)
-    groups = named if all(named) else None  # MultiRC: the answers of one question
-    values = score_all(metrics, texts, references, resamples=resamples, seed=seed, groups=groups)
-    alone = {metric.name: metric.aggregate(metric.statistics(texts, references)) for metric in chosen}
-    return EvaluationReport(
-        metrics={**values, **({"loss": losses.loss, "perplexity": losses.perplexity} if losses else {})},
-        predictions=tuple(predictions),
-        scores={name: tuple(float(value) for value in scores) for name, scores in alone.items()},
-        losses=losses,
-        decoding=decoding,
-        seed=seed,
-        resamples=resamples,
-        seconds={"generate": generated - measured, "loss": measured - started},
-        facts=dict(facts or {}),
-    )
+    return [one.example.all_references for one in predictions], named if all(named) else None
 
 
-def write_report(report: EvaluationReport, directory: str | Path) -> Path:
+def _judged(
+    metrics: Sequence[str], ways: Mapping[str, Sequence[Prediction]], resamples: int, seed: int
+) -> tuple[dict[str, MetricValue], dict[str, tuple[float, ...]]]:
+    """Score each way of predicting, all records together and every record alone; its prefix goes before the names."""
+    values: dict[str, MetricValue] = {}
+    scores: dict[str, tuple[float, ...]] = {}
+    for prefix, predictions in ways.items():
+        if not predictions:
+            continue
+        texts = [one.text for one in predictions]
+        references, groups = _references(predictions)
+        for metric in map(METRICS.get, metrics):
+            name = metric.name
+            values[prefix + name] = score(name, texts, references, resamples=resamples, seed=seed, groups=groups)
+            alone = metric.aggregate(metric.statistics(texts, references))
+            scores[prefix + name] = tuple(float(value) for value in alone)
+    return values, scores
+
+
+class Report(Protocol):
+    """What can be written: that of a prompt, or of an ensemble."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers, as plain data."""
+        ...
+
+    def samples(self) -> list[dict[str, Any]]:
+        """One mapping per record."""
+        ...
+
+
+def write_report(report: Report, directory: str | Path) -> Path:
     """Write ``samples.jsonl`` and ``evaluation.json``; a file is there whole or as it was before.
 
     Raises:

@@ -1,14 +1,17 @@
-"""Examples in, predictions out: the offline way into the generation engine."""
+"""Examples in, predictions out: by generation, or by ranking the answers that are legal."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from softprompts.config import DecodingConfig
-from softprompts.inference import Engine
+from softprompts.errors import DataError
+from softprompts.inference import Engine, score_choices
 from softprompts.types import Encoded, Prediction, PromptStates
 
-__all__ = ["predict"]
+__all__ = ["Ranking", "predict", "rank"]
 
 
 def predict(
@@ -17,6 +20,7 @@ def predict(
     decoding: DecodingConfig,
     *,
     states: Sequence[PromptStates] | None = None,
+    averaged: Sequence[int] = (),
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
@@ -28,6 +32,7 @@ def predict(
             input would otherwise depend on the target's length.
         decoding: How.
         states: What :meth:`Engine.fold` returned; computed here if left out.
+        averaged: Prompts that answer every row together, by the mean of their next-token distributions.
         seed: For sampling.
         on_progress: Called with the number of outputs that just became ready.
 
@@ -38,8 +43,93 @@ def predict(
         LengthError: A row does not fit into the context. Nothing has run then.
         ConfigError: The decoding options make no sense.
     """
-    generations = engine.generate(rows, decoding, states=states, seed=seed, on_progress=on_progress)
+    generations = engine.generate(rows, decoding, states=states, averaged=averaged, seed=seed, on_progress=on_progress)
     return [
         Prediction(row.example, one.text.strip(), one.logprob, one.finished, len(one.ids))
         for row, one in zip(rows, generations, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The choices of some rows, and how they are compared."""
+
+    choices: Sequence[Sequence[tuple[int, ...]]]
+    """Per row the tokens of ``example.choices``, end token included."""
+    by: Literal["sum", "mean", "prior"] = "sum"
+    """The log-probability of all of a choice's tokens; its mean over them; or what it gains from the input, that is,
+    its log-probability less that behind an empty input (domain-conditional PMI, Holtzman et al. 2021)."""
+    priors: Sequence[Encoded] = ()
+    """For ``prior``: each row once more, with an empty input."""
+
+
+def rank(
+    engine: Engine,
+    rows: Sequence[Encoded],
+    ranking: Ranking,
+    *,
+    states: Sequence[PromptStates] | None = None,
+    batch_size: int = 32,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Prediction]:
+    """Predict the likeliest of every example's choices.
+
+    Args:
+        engine: The model with its prompts.
+        rows: Encoded inputs, each with its own prompt.
+        ranking: Their choices.
+        states: What :meth:`Engine.fold` returned; computed here if left out.
+        batch_size: Most rows that are read at a time; it changes nothing but speed and memory.
+        on_progress: Called with the number of rows that just became ready.
+
+    Returns:
+        Predictions in the order of ``rows``: the text is the likeliest choice, of equally likely ones the first.
+
+    Raises:
+        DataError: A row has no choices, or they are others than its example's; or a prior is missing.
+        LengthError: A row does not fit into the context. Nothing has run then.
+    """
+    for row, own in zip(rows, ranking.choices, strict=False):
+        if len(own) != len(row.example.choices):
+            raise DataError(
+                f"record '{row.example.id}' has {len(row.example.choices)} choices, but tokens are given for {len(own)}"
+            )
+    states = engine.fold() if states is None else states
+    sums = score_choices(engine, rows, ranking.choices, states=states, batch_size=batch_size, on_progress=on_progress)
+    scores = sums
+    if ranking.by == "mean":
+        scores = [
+            tuple(score / len(choice) for score, choice in zip(own, tokens, strict=True))
+            for own, tokens in zip(sums, ranking.choices, strict=True)
+        ]
+    elif ranking.by == "prior":
+        priors = _prior_scores(engine, rows, ranking, states, batch_size)
+        scores = [
+            tuple(score - prior for score, prior in zip(own, alone, strict=True))
+            for own, alone in zip(sums, priors, strict=True)
+        ]
+    return [_best(row, own) for row, own in zip(rows, scores, strict=True)]
+
+
+def _prior_scores(
+    engine: Engine, rows: Sequence[Encoded], ranking: Ranking, states: Sequence[PromptStates], batch_size: int
+) -> list[tuple[float, ...]]:
+    """Score the choices behind empty inputs, of which there are few different ones."""
+    if len(ranking.priors) != len(rows):
+        raise DataError(f"got {len(ranking.priors)} rows of empty input for {len(rows)} rows; expected one for each")
+    keys = [(row.ids, row.prompt, tuple(own)) for row, own in zip(ranking.priors, ranking.choices, strict=True)]
+    different = {key: index for index, key in enumerate(keys)}
+    found = score_choices(
+        engine,
+        [ranking.priors[index] for index in different.values()],
+        [ranking.choices[index] for index in different.values()],
+        states=states,
+        batch_size=batch_size,
+    )
+    by_key = dict(zip(different, found, strict=True))
+    return [by_key[key] for key in keys]
+
+
+def _best(row: Encoded, scores: tuple[float, ...]) -> Prediction:
+    text = row.example.choices[scores.index(max(scores))]
+    return Prediction(row.example, text, ranked=text, choice_scores=scores)

@@ -4,6 +4,7 @@ from softprompts.inference.beam import BeamSearch
 from softprompts.inference.engine import Engine, Generation
 from softprompts.inference.engine_thread import EngineThread
 from softprompts.inference.pool import PoolStats, PromptPool, PromptSource
+from softprompts.inference.ranking import score_choices
 from softprompts.inference.requests import Event, Output, Request, SamplingOptions, TokenLogprobs, collect
 from softprompts.inference.sampling import Constraints, OnePath, banned_sequences, draw, warp
 from softprompts.inference.scheduler import ServingLimits
@@ -30,5 +31,6 @@ __all__ = [
     "banned_sequences",
     "collect",
     "draw",
+    "score_choices",
     "warp",
 ]

@@ -16,7 +16,9 @@ begins with the space that a continuation begins with.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -25,7 +27,7 @@ from softprompts.errors import ConfigError, DataError, LengthError
 from softprompts.tasks.formats import END_TOKEN, Format
 from softprompts.types import Batch, Encoded, Example
 
-__all__ = ["IGNORED_LABEL", "bucketed_batches", "collate", "encode", "shuffled_batches"]
+__all__ = ["IGNORED_LABEL", "bucketed_batches", "collate", "encode", "encode_choices", "shuffled_batches"]
 
 IGNORED_LABEL = -100
 """Label of a position that is not learned, as in torch and transformers."""
@@ -55,7 +57,8 @@ def encode(
         tokenize: Text to ids **without** special tokens (``FrozenLM.tokenize``).
         eos_id: Id of the end token.
         max_length: Most tokens that a row may have, the prompt not counted.
-        on_long: ``truncate`` cuts the input from its end, never the separator or the target; ``error`` refuses.
+        on_long: ``truncate`` cuts the input from its end, never the separator or the target; ``error`` refuses. Of an
+            input with a tail (:attr:`Example.tail`), what stands in front of the tail is cut first.
         prompt: Index of the prompt that the row carries, -1 for none.
         with_target: False gives input and separator only, for generation.
         bos_ids: What the tokenizer puts in front of every text (``FrozenLM.bos_ids``); never cut.
@@ -94,13 +97,65 @@ def encode(
         room = max_length - around - len(kept) - len(behind)
         if on_long == "error" or room < 0:
             raise LengthError(_too_long(example, max_length, around + len(head), len(kept), len(behind), on_long))
-        head = head[:room]
+        head = _cut(example, format, tokenize, room, paired=paired) if example.tail else head[:room]
     ids = [*bos_ids, *head, *kept, *(end_ids or ()), *behind]
     if not ids:
         raise DataError(f"record '{example.id}' gives no tokens at all; give it an input, or the format a separator")
     decoder_ids = tuple(target) if paired and with_target else None
     infix_at = None if paired else len(bos_ids) + len(head)
     return Encoded(tuple(ids), len(ids) - len(behind), example, prompt, decoder_ids, infix_at)
+
+
+def _cut(
+    example: Example, format: Format, tokenize: Callable[[str], list[int]], room: int, *, paired: bool
+) -> list[int]:
+    """Cut the input of an example to so many tokens, its tail last."""
+    text = "".join(segment.text for segment in format.segments(example) if segment.role == "input")
+    text = text.lstrip(" ") if paired else text
+    tail = tokenize(example.tail)
+    return [*tokenize(text.removesuffix(example.tail))[: max(0, room - len(tail))], *tail[:room]]
+
+
+def encode_choices(
+    examples: Sequence[Example],
+    format: Format,
+    tokenize: Callable[[str], list[int]],
+    *,
+    eos_id: int,
+    bos_ids: Sequence[int] = (),
+    end_ids: Sequence[int] | None = None,
+) -> list[tuple[tuple[int, ...], ...]]:
+    """Turn the legal answers of examples into token ids, as they would stand behind the input of each, end included.
+
+    Args:
+        examples: Of one task.
+        format: Their layout.
+        tokenize: As for :func:`encode`, like the rest.
+        eos_id: Id of the end token.
+        bos_ids: What the tokenizer puts in front of every text.
+        end_ids: What it puts behind every text of an encoder; given for encoder-decoders.
+
+    Returns:
+        Per example its choices; examples of the same choices share them.
+    """
+    known: dict[str, tuple[int, ...]] = {}
+    together: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
+    for example in examples:
+        for choice in example.choices:
+            if choice not in known:  # segments are tokenised one by one, so the input makes no difference
+                row = encode(
+                    replace(example, input="", tail="", target=choice),
+                    format,
+                    tokenize,
+                    eos_id=eos_id,
+                    max_length=sys.maxsize,
+                    bos_ids=bos_ids,
+                    end_ids=end_ids,
+                )
+                known[choice] = row.target_ids
+        if example.choices not in together:
+            together[example.choices] = tuple(known[choice] for choice in example.choices)
+    return [together[example.choices] for example in examples]
 
 
 def _too_long(example: Example, limit: int, head: int, kept: int, target: int, on_long: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from softprompts.config import DecodingConfig
 from softprompts.errors import DataError, nearest
 from softprompts.tasks.formats import TextFormat, field, text_field
-from softprompts.types import Example
+from softprompts.types import UNLABELLED, Example
 
 __all__ = ["LABEL_DECODING", "Verbalizer", "keyed_format", "keyed_text"]
 
@@ -48,16 +48,33 @@ class Verbalizer:
         secret = " (-1: the data set keeps the labels of this split secret)" if value == -1 else ""
         raise DataError(f"field '{name}' is {value!r}, which is no label{secret}: {nearest(text, names)}")
 
+    def answer(self, record: Mapping[str, Any], split: str, name: str = "label") -> str:
+        """Return :meth:`word`, or of a test split whose labels are kept secret :data:`~softprompts.types.UNLABELLED`.
+
+        Raises:
+            DataError: The field is missing, or holds none of the labels.
+        """
+        if split == "test" and (name not in record or record[name] in (-1, "-1", None)):
+            return UNLABELLED
+        return self.word(record, name)
+
 
 def keyed_text(record: Mapping[str, Any], keys: Sequence[str]) -> str:
     """Return ``key: text key: text`` of the named fields, in this order."""
     return " ".join(f"{key}: {text_field(record, key)}" for key in keys)
 
 
-def keyed_format(keys: Sequence[str], labels: Verbalizer) -> TextFormat:
-    """Make the format of a classification task whose input is some named fields."""
+def keyed_format(keys: Sequence[str], labels: Verbalizer, tail: str | None = None) -> TextFormat:
+    """Make the format of a classification task whose input is some named fields.
+
+    Args:
+        keys: The fields.
+        labels: Words for the labels.
+        tail: The last of the fields, where truncation should cut those in front of it first.
+    """
 
     def read(record: Mapping[str, Any], split: str) -> list[Example]:
-        return [Example(keyed_text(record, keys), labels.word(record))]
+        spared = "" if tail is None else f" {keyed_text(record, (tail,))}"
+        return [Example(keyed_text(record, keys), labels.answer(record, split), tail=spared)]
 
     return TextFormat(read)

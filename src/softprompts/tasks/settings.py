@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from softprompts.config import SettingConfig
 from softprompts.errors import ConfigError, DataError, nearest
-from softprompts.types import Example
+from softprompts.types import UNLABELLED, Example
 
 __all__ = ["CATEGORY", "cut", "in_categories", "low_data", "resolve", "with_label_words"]
 
@@ -138,7 +138,7 @@ def with_label_words(examples: Sequence[Example], theirs: Sequence[str], ours: S
             f"task.setting.judge_task has the labels {list(theirs)}, but the task trained on has {list(ours)}; a "
             f"domain shift needs as many of them on both sides"
         )
-    words = dict(zip(theirs, ours, strict=True))
+    words = {**dict(zip(theirs, ours, strict=True)), UNLABELLED: UNLABELLED}
     return [
         replace(
             example,

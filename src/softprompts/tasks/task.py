@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from softprompts.config import DecodingConfig, SettingConfig, TaskConfig
 from softprompts.errors import ConfigError, DataError, DataNotFoundError, nearest
@@ -12,7 +13,7 @@ from softprompts.registry import Registry
 from softprompts.tasks.formats import Format, TextFormat, parse_separator, text_field
 from softprompts.tasks.settings import CATEGORY, cut, in_categories, low_data, resolve, with_label_words
 from softprompts.tasks.sources import PlacedRecord, data_root, iter_records
-from softprompts.types import Example
+from softprompts.types import UNLABELLED, Example
 
 __all__ = ["SPLITS", "TASKS", "Source", "Task", "register"]
 
@@ -56,6 +57,14 @@ class Source:
         reason = f"'{missing}' does not exist" if missing else "SOFTPROMPTS_DATA is not set or has no such split"
         raise DataNotFoundError(f"split '{split}' cannot be found: {reason}; set SOFTPROMPTS_DATA or task.{split}=FILE")
 
+    def is_at_hand(self, split: str) -> bool:
+        """Whether a split lies on this machine, in files."""
+        try:
+            places = self.locate(split)
+        except DataNotFoundError:
+            return False
+        return all(Path(place).expanduser().exists() for place in places)
+
     def records(self, split: str) -> Iterator[PlacedRecord]:
         """Yield the records of a split, cut from the whole where several splits are in one place."""
         places = self.locate(split)
@@ -90,6 +99,8 @@ class Task:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     choices: tuple[str, ...] = ()
     """The legal answers of a classification task, by label id; an example may bring its own."""
+    prompt_words: tuple[str, ...] = ()
+    """Words that a prompt starts from where there are no choices (prompt-tuning paper, footnote 7)."""
     merge_inputs: bool = False
     """Outside training, make one example of all records with the same input; their references are collected."""
     settings: Mapping[str, SettingConfig] = field(default_factory=dict)
@@ -101,6 +112,11 @@ class Task:
     def splits(self) -> tuple[str, ...]:
         """The splits that :meth:`load` can be asked for, in the order train, dev, test."""
         return self.source.splits
+
+    @property
+    def class_words(self) -> tuple[str, ...]:
+        """What the initializer ``labels`` starts from: the choices, or the words that stand for them."""
+        return self.choices or self.prompt_words
 
     def configured(self, config: TaskConfig) -> Task:
         """Return the task as a recipe wants it: its sources, templates and separator. Doing it twice changes nothing.
@@ -183,7 +199,8 @@ class Task:
 def _rows(example: Example, split: str) -> Iterator[Example]:
     if not example.target.strip() or not all(reference.strip() for reference in example.references):
         raise DataError(f"the target of record '{example.id}' is empty; every record needs an answer (or remove it)")
-    if example.choices and example.target not in example.choices:
+    legal = (*example.choices, UNLABELLED) if split == "test" else example.choices
+    if example.choices and example.target not in legal:
         raise DataError(
             f"the target of record '{example.id}' is no legal answer: {nearest(example.target, example.choices)}"
         )

@@ -34,7 +34,11 @@ def _labels(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def _f1_statistics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> FloatArray:
-    """Per record, of the positive class: true positives, predicted, real."""
+    """Per record, of the positive class: true positives, predicted, real.
+
+    What is no label at all counts as the wrong one (T5's ``f1_score_with_invalid``), or saying nothing would be a way
+    of saying no.
+    """
     predicted, real = _labels(predictions, references)
     unknown = next((label for label in real if label.lower() not in POSITIVE_LABELS | NEGATIVE_LABELS), None)
     if unknown is not None:
@@ -44,7 +48,9 @@ def _f1_statistics(predictions: Sequence[str], references: Sequence[Sequence[str
         )
     rows = []
     for one, right in zip(predicted, real, strict=True):
-        positive, is_positive = one.lower() in POSITIVE_LABELS, right.lower() in POSITIVE_LABELS
+        is_positive = right.lower() in POSITIVE_LABELS
+        legal = one.lower() in POSITIVE_LABELS | NEGATIVE_LABELS
+        positive = one.lower() in POSITIVE_LABELS if legal else not is_positive
         rows.append([positive and is_positive and one == right, positive, is_positive])
     return np.asarray(rows, dtype=np.float64)
 
@@ -97,7 +103,14 @@ def _matthews(sums_RS: FloatArray) -> FloatArray:
 
 register(Metric("exact_match", "equal to one of the references, runs of blanks made one", averaged(_exact)))
 register(Metric("accuracy", "classification: the answer is the right one (as exact_match)", averaged(_exact)))
-register(Metric("f1", "F1 of the positive class; over answers and not over questions for MultiRC", _f1_statistics, _f1))
+register(
+    Metric(
+        "f1",
+        "F1 of the positive class, what is no label counts as the wrong one; over answers, not questions, for MultiRC",
+        _f1_statistics,
+        _f1,
+    )
+)
 register(
     Metric(
         "macro_f1",

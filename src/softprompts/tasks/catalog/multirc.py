@@ -24,7 +24,7 @@ _FOLDER = "research_only/superglue/MultiRC"
 
 def _read(record: Mapping[str, Any], split: str) -> list[Example]:
     """Read one passage of the official JSONL with all its questions, or one answer as the hub has it."""
-    return [_example(row) for row in (_flat(record) if "passage" in record else [record])]
+    return [_example(row, split) for row in (_flat(record) if "passage" in record else [record])]
 
 
 def _flat(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -34,7 +34,7 @@ def _flat(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 "paragraph": field(record, "passage.text"),
                 "question": field(question, "question"),
                 "answer": field(answer, "text"),
-                "label": field(answer, "label"),
+                **({"label": answer["label"]} if "label" in answer else {}),
                 "idx": {
                     "paragraph": field(record, "idx"),
                     "question": field(question, "idx"),
@@ -43,11 +43,12 @@ def _flat(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             }
 
 
-def _example(row: Mapping[str, Any]) -> Example:
+def _example(row: Mapping[str, Any], split: str) -> Example:
     text = keyed_text(row, ("question", "answer", "paragraph"))
     text = re.sub("</?b>", "", text.replace("<br>", " "))
     group = f"{field(row, 'idx.paragraph')}-{field(row, 'idx.question')}"
-    return Example(text, _LABELS.word(row), id=f"{group}-{field(row, 'idx.answer')}", metadata={"group": group})
+    label = _LABELS.answer(row, split)
+    return Example(text, label, id=f"{group}-{field(row, 'idx.answer')}", metadata={"group": group})
 
 
 MULTIRC = register(

@@ -2,8 +2,7 @@
 
 Input as in T5's preprocessor: ``query: ... entities: a, b passage: ...``; the highlights at the end of a passage become
 sentences of it. Training has one example per right entity, evaluation one per query. The entities are the choices.
-The paper starts its prompt from the words commonsense, reasoning, reading, comprehension
-(``prompt.initializer.labels``), there being no labels.
+The paper starts its prompt from the words commonsense, reasoning, reading, comprehension, there being no labels.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from softprompts.errors import DataError
 from softprompts.tasks.formats import TextFormat, field, text_field, texts_field
 from softprompts.tasks.sources import hub_splits
 from softprompts.tasks.task import Source, Task, register
-from softprompts.types import Example
+from softprompts.types import UNLABELLED, Example
 
 __all__ = ["RECORD"]
 
@@ -26,7 +25,7 @@ _FOLDER = "research_only/superglue/ReCoRD"
 
 def _read(record: Mapping[str, Any], split: str) -> list[Example]:
     """Read one passage of the official JSONL with all its queries, or one query as the hub has it."""
-    return [_example(row) for row in (_flat(record) if "qas" in record else [record])]
+    return [_example(row, split) for row in (_flat(record) if "qas" in record else [record])]
 
 
 def _flat(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -37,7 +36,9 @@ def _flat(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "passage": passage,
             "query": field(query, "query"),
             "entities": _unique([passage[span["start"] : span["end"] + 1] for span in spans]),
-            "answers": _unique([field(answer, "text") for answer in field(query, "answers")]),
+            "answers": _unique([field(answer, "text") for answer in field(query, "answers")])
+            if "answers" in query
+            else [],
             "idx": {"passage": field(record, "idx"), "query": field(query, "idx")},
         }
 
@@ -46,9 +47,11 @@ def _unique(texts: Sequence[str]) -> list[str]:
     return sorted(set(texts))
 
 
-def _example(row: Mapping[str, Any]) -> Example:
-    entities, answers = texts_field(row, "entities"), tuple(_unique(texts_field(row, "answers")))
-    unknown = [answer for answer in answers if answer not in entities]
+def _example(row: Mapping[str, Any], split: str) -> Example:
+    secret = split == "test" and not row.get("answers")
+    entities = texts_field(row, "entities")
+    answers = (UNLABELLED,) if secret else tuple(_unique(texts_field(row, "answers")))
+    unknown = [answer for answer in answers if answer not in entities and not secret]
     if unknown:
         raise DataError(f"the answer {unknown[0]!r} is none of the entities {list(entities)}")
     passage = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", text_field(row, "passage"))
@@ -74,5 +77,6 @@ RECORD = register(
         metrics=("squad_f1", "squad_em"),
         selection="squad_f1",
         decoding=DecodingConfig(max_new_tokens=32),
+        prompt_words=("commonsense", "reasoning", "reading", "comprehension"),
     )
 )

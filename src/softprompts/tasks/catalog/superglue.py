@@ -22,12 +22,13 @@ def _register(
     words: tuple[str, ...],
     folder: str,
     metrics: tuple[str, ...] = ("accuracy",),
+    tail: str | None = None,
 ) -> Task:
     return register(
         Task(
             name=f"superglue_{name}",
             description=description,
-            format=keyed_format(keys, Verbalizer(words)),
+            format=keyed_format(keys, Verbalizer(words), tail),
             source=Source(
                 local={"train": f"{folder}/train.jsonl", "dev": f"{folder}/val.jsonl"},
                 hub=hub_splits("aps/super_glue", name, train="train", dev="validation"),
@@ -40,7 +41,14 @@ def _register(
     )
 
 
-BOOLQ = _register("boolq", "yes-or-no questions about a passage", ("passage", "question"), _TRUTH, "superglue/BoolQ")
+BOOLQ = _register(
+    "boolq",
+    "yes-or-no questions about a passage",
+    ("passage", "question"),
+    _TRUTH,
+    "superglue/BoolQ",
+    tail="question",
+)
 CB = _register(
     "cb",
     "whether a text commits its speaker to a hypothesis",

@@ -3,8 +3,7 @@
 As in T5's simplified form: the pronoun is marked, ``the cup broke because *it* was thin``, and the answer is the noun
 phrase. A record has a phrase and says whether it is the right one: training takes those where it is (259 of 554),
 evaluation takes all and asks whether the prediction is that phrase just where it should be. For that the references are
-the label and the phrase. There being no label words, the paper starts its prompt from commonsense, pronoun, resolution
-(``prompt.initializer.labels``).
+the label and the phrase. There being no label words, the paper starts its prompt from commonsense, pronoun, resolution.
 """
 
 from __future__ import annotations
@@ -35,8 +34,9 @@ def mark_pronoun(text: str, pronoun: str, index: int) -> str:
     Raises:
         DataError: No word begins with the pronoun.
     """
-    words = text.split()
+    words = text.split(" ")  # blanks at the end and in a row stay, as in T5
     if index >= len(words) or words[index] != pronoun:
+        words = text.split()
         index = _nearest_word(words, pronoun, index)
     rest = words[index][len(pronoun) :]
     return " ".join([*words[:index], f"*{pronoun}*", *([rest] if rest else []), *words[index + 1 :]])
@@ -59,7 +59,7 @@ def _read(record: Mapping[str, Any], split: str) -> list[Example]:
     index = field(spans, "span2_index")
     if not isinstance(index, int):
         raise DataError(f"field 'span2_index' is {index!r}, expected the number of a word")
-    label, phrase = _LABELS.word(record), text_field(spans, "span1_text")
+    label, phrase = _LABELS.answer(record, split), text_field(spans, "span1_text")
     if split == "train" and label == "False":
         return []
     text = mark_pronoun(text_field(record, "text"), text_field(spans, "span2_text"), index)
@@ -78,5 +78,6 @@ WSC = register(
         metrics=("wsc_accuracy",),
         selection="wsc_accuracy",
         decoding=DecodingConfig(max_new_tokens=32),
+        prompt_words=("commonsense", "pronoun", "resolution"),
     )
 )
