@@ -13,8 +13,8 @@ from softprompts.pretraining.recipe import PretrainRecipe
 from softprompts.tasks import get_task
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-TRAIN = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "pretraining")
-PRETRAIN = sorted((RECIPES / "pretraining").glob("*.yaml"))
+PRETRAIN = sorted((RECIPES / "pretraining").rglob("*.yaml"))
+TRAIN = sorted(set(RECIPES.rglob("*.yaml")) - set(PRETRAIN))
 
 
 def test_there_are_recipes() -> None:

@@ -31,19 +31,35 @@ def load_recipe(path: str | Path, cls: type[C], overrides: Sequence[str] = ()) -
     """Read a recipe.
 
     Args:
-        path: A YAML file with one mapping.
+        path: A YAML file with one mapping. Its key ``extends`` may name another one, relative to it, whose values hold
+            where this one gives none; sections are merged key by key, lists are replaced.
         cls: The dataclass that the mapping becomes.
         overrides: ``"a.b=c"`` strings, applied in order; values are read as YAML.
 
     Raises:
         DataNotFoundError: There is no such file.
-        ConfigError: The file is no YAML mapping, a key is unknown or a value has the wrong type.
+        ConfigError: A file is no YAML mapping, extends itself, a key is unknown or a value has the wrong type.
     """
     path = Path(path)
+    mapping = _read_extended(path, ())
+    for override in overrides:
+        _set(mapping, *parse_override(override, cls), override)
+    try:
+        return decode(cls, mapping)
+    except ConfigError as error:
+        raise ConfigError(f"recipe '{path}': {error}") from error
+
+
+def _read_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    """Read a file and, below its own values, those of the file that it extends."""
     if not path.is_file():
+        by = f" (which '{extending[-1]}' extends)" if extending else ""
         raise DataNotFoundError(
-            f"recipe '{path}' does not exist; give the path of a YAML file, such as one of recipes/"
+            f"recipe '{path}'{by} does not exist; give the path of a YAML file, such as one of recipes/"
         )
+    if path.resolve() in [one.resolve() for one in extending]:
+        chain = " -> ".join(str(one) for one in (*extending, path))
+        raise ConfigError(f"recipe '{path}' extends itself ({chain}); remove one 'extends'")
     try:
         mapping = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -51,12 +67,20 @@ def load_recipe(path: str | Path, cls: type[C], overrides: Sequence[str] = ()) -
     mapping = {} if mapping is None else mapping
     if not isinstance(mapping, dict):
         raise ConfigError(f"recipe '{path}' holds a {type(mapping).__name__}, expected a mapping of keys to values")
-    for override in overrides:
-        _set(mapping, *parse_override(override, cls), override)
-    try:
-        return decode(cls, mapping)
-    except ConfigError as error:
-        raise ConfigError(f"recipe '{path}': {error}") from error
+    base = mapping.pop("extends", None)
+    if base is None:
+        return mapping
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"recipe '{path}': 'extends' is {base!r}, expected the path of another recipe")
+    return _merged(_read_extended(path.parent / base, (*extending, path)), mapping)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = dict(below)
+    for key, value in above.items():
+        inner = both.get(key)
+        both[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return both
 
 
 def override(config: C, overrides: Sequence[str]) -> C:

@@ -94,7 +94,7 @@ class FrozenLM:
         """Load a model and its tokenizer from a directory or the hub.
 
         Args:
-            name_or_path: Directory or hub name.
+            name_or_path: Directory, hub name, or ``family/NAME`` for a model of the family that has been built here.
             dtype: ``float32``, ``bfloat16`` or ``float16``. The prompt itself is always trained in float32.
             device: ``auto`` (CUDA if there is any), ``cpu``, ``cuda``, ``cuda:1``, ...
             revision: Commit or tag on the hub.

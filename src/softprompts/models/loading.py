@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from softprompts.cache_folder import find_member, is_member
 from softprompts.errors import ConfigError, DataNotFoundError, UnsupportedModelError, nearest
 from softprompts.models.quantization import check_quantization, quantize_weights
 
@@ -29,7 +30,7 @@ def load_pretrained(
     """Load a decoder-only model or an encoder-decoder, whichever its config says.
 
     Args:
-        name_or_path: Directory or hub name.
+        name_or_path: Directory, hub name, or ``family/NAME`` for a model of the family in the user's cache folder.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         device: ``auto`` (CUDA if there is any), ``cpu``, ``cuda``, ``cuda:1``, ...
         revision: Commit or tag on the hub.
@@ -44,6 +45,8 @@ def load_pretrained(
         raise ConfigError(f"unknown dtype '{dtype}': {nearest(dtype, _DTYPES)}")
     kind_of_weights = check_quantization(quantization)
     place = _device(device)
+    if is_member(name_or_path):
+        name_or_path = find_member(str(name_or_path))
     try:
         # low-level loaders raise OSError for a missing directory, a missing file and an unreachable hub alike
         config = AutoConfig.from_pretrained(str(name_or_path), revision=revision)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompts.errors import DataNotFoundError
+from softprompts.pretraining.card import data_table, held_out_table, training_text
 from softprompts.pretraining.probes import COPY_TEMPLATES, blimp, copying, induction, sample
 
 __all__ = ["SAMPLE_PROMPTS", "measure", "package", "write_card"]
@@ -85,7 +86,10 @@ def package(
         )
     result = json.loads(result_path.read_text(encoding="utf-8"))
     recipe = json.loads((run_folder / "recipe.json").read_text(encoding="utf-8"))
-    corpus = json.loads((run_folder / "tokens" / "corpus.json").read_text(encoding="utf-8"))
+    summary = run_folder / "corpus.json"
+    if not summary.is_file():  # a run from before summaries were kept beside the recipe
+        summary = run_folder / "tokens" / "corpus.json"
+    corpus = json.loads(summary.read_text(encoding="utf-8"))
     scratch = target.with_name(target.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -120,10 +124,11 @@ def write_card(
         f"{shape['width']}, {shape['heads']} heads, context {shape['context']}, vocabulary {corpus['vocab_size']}, "
         f"tied embeddings), {_USE}\n",
         "## Data\n",
-        _data_table(recipe, corpus),
+        data_table(recipe, corpus),
         _DATA + "\n",
         "## Training\n",
-        _training_text(recipe, result, notes),
+        training_text(recipe, result, notes["hardware"]),
+        f"{notes['trials']}\n",
         "## Measured\n",
         _quality_tables(result, probes),
         "## Texts\n",
@@ -134,34 +139,8 @@ def write_card(
     path.write_text("\n".join(parts), encoding="utf-8")
 
 
-def _data_table(recipe: dict[str, Any], corpus: dict[str, Any]) -> str:
-    total = sum(source["characters"] for source in corpus["sources"].values())
-    lines = ["| source | files | becomes | share | licence |", "|---|---|---|---|---|"]
-    for source in recipe["corpus"]["sources"]:
-        counts = corpus["sources"][source["name"]]
-        files = ", ".join(Path(file).name.split(".")[0] for file in source["files"])
-        share = 100 * counts["characters"] / total
-        lines.append(f"| {source['name']} | {files} | {source['objective']} | {share:.1f} % | {source['license']} |")
-    return "\n".join(lines) + "\n"
-
-
-def _training_text(recipe: dict[str, Any], result: dict[str, Any], notes: Mapping[str, str]) -> str:
-    training, optimizer = recipe["training"], recipe["optimizer"]
-    return (
-        f"{result['tokens'] / 1e6:.1f} M tokens in {result['steps']} steps of {training['batch_rows']} x "
-        f"{recipe['model']['context']}, {result['seconds'] / 3600:.2f} hours, on average "
-        f"{result['tokens_per_s']:,.0f} tokens/s ({notes['hardware']}). {training['precision']} "
-        f"autocast, {optimizer['matrices']} for the matrices (rate {optimizer['matrix_learning_rate']}), AdamW for "
-        f"embeddings and norms ({optimizer['learning_rate']}), schedule `{training['schedule']}`"
-        + (f", decay over the last {100 * training['decay_fraction']:.0f} %" if training["schedule"] == "wsd" else "")
-        + f", gradients clipped at {optimizer['clip_norm']}.\n\n{notes['trials']}\n"
-    )
-
-
 def _quality_tables(result: dict[str, Any], probes: dict[str, Any]) -> str:
-    lines = ["| held-out text | loss (nats/token) | perplexity | tokens |", "|---|---|---|---|"]
-    for name, value in result["held_out"].items():
-        lines.append(f"| {name} | {value['loss']:.3f} | {value['perplexity']:.1f} | {value['tokens']:,} |")
+    lines = [held_out_table(result).rstrip("\n")]
     copied, repeated = probes["copying"], probes["induction"]
     lines += [
         "",

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -15,15 +16,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from numpy.typing import NDArray
+
+from softprompts.cache_folder import cache_folder, member_folder
 from softprompts.config import to_dict
-from softprompts.errors import CheckpointError, TrainingInterrupted
+from softprompts.errors import CheckpointError, ConfigError, TrainingInterrupted
+from softprompts.pretraining.card import write_run_card
 from softprompts.pretraining.checkpoint import RunState, load_checkpoint, save_checkpoint
-from softprompts.pretraining.model import build_model, export, loss_function, pick_device
+from softprompts.pretraining.model import build_model, export, loss_function, pick_device, replace_folder
 from softprompts.pretraining.optim import build_optimizers, decay_start
+from softprompts.pretraining.pairs import pairing, sentinel_count
 from softprompts.pretraining.progress import Progress, plot_losses
 from softprompts.pretraining.recipe import PretrainRecipe
-from softprompts.pretraining.tokens import TokenFiles, prepare_tokens
-from softprompts.pretraining.trainer import Rows, held_out_losses, train_step
+from softprompts.pretraining.starting import start_from
+from softprompts.pretraining.tokens import TokenFiles, corpus_fingerprint, prepare_tokens, with_sentinels
+from softprompts.pretraining.trainer import PairRows, Rows, held_out_losses, train_step
 
 __all__ = ["PretrainResult", "Run", "pretrain"]
 
@@ -86,39 +93,73 @@ def pretrain(
     run = Run(recipe, report)
     if resume:
         run.resume()
+    else:
+        run.start()
     return run.train(max_steps)
 
 
 class Run:
     """One pretraining run: its folder, data, model, optimizers and state.
 
-    The folder holds ``tokens/``, ``checkpoint.pt``, ``checkpoint-stable.pt`` (before the decay), ``latest/`` and
-    ``final/`` (Hugging Face format), ``log.jsonl``, ``loss.png`` and ``recipe.json``.
+    The folder holds ``tokens/`` (unless the recipe puts it elsewhere), ``checkpoint.pt``, ``checkpoint-stable.pt``
+    (before the decay), ``latest/``, ``step-N/`` and ``final/`` (Hugging Face format), ``log.jsonl``, ``loss.png``,
+    ``recipe.json`` and ``corpus.json``.
     """
 
     def __init__(self, recipe: PretrainRecipe, report: Callable[[str], None] = print) -> None:
         self.recipe, self.report = recipe, report
         self.folder = Path(recipe.output.output_dir)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.files: TokenFiles = prepare_tokens(recipe, self.folder / "tokens", report)
-        self.model = build_model(recipe.model, self.files.summary["vocab_size"], recipe.training)
-        self.optimizers = build_optimizers(self.model, recipe.optimizer)
-        self.loss_function = loss_function(self.model, recipe.training)
-        # Never compiled: held-out batches come in many sizes, and each would be compiled anew.
-        self.evaluation_loss = loss_function(self.model, dataclasses.replace(recipe.training, compile=False))
         row = recipe.training.row_tokens or recipe.model.context
-        self.rows = Rows(self.files.train(), row, recipe.training.seed)
         self.batch_rows = recipe.training.batch_rows * recipe.model.context // row
+        self.total_steps = max(1, recipe.training.total_tokens // (recipe.training.batch_rows * recipe.model.context))
+        self._check_kept()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.files: TokenFiles = prepare_tokens(recipe, self._tokens_folder(), report)
+        plain = self.files.tokenizer
+        self.sentinels = sentinel_count(recipe)
+        self.tokenizer = with_sentinels(plain, self.sentinels) if self.sentinels else plain
+        self.pairing = pairing(recipe, plain.get_vocab_size()) if recipe.model.kind == "encoder_decoder" else None
+        self.model = build_model(recipe.model, self.tokenizer.get_vocab_size(), recipe.training)
+        self.optimizers = build_optimizers(self.model, recipe.optimizer)
+        self.loss_function = loss_function(self.model, recipe.training, self.pairing)
+        # Never compiled: held-out batches come in many sizes, and each would be compiled anew.
+        uncompiled = dataclasses.replace(recipe.training, compile=False)
+        self.evaluation_loss = loss_function(self.model, uncompiled, self.pairing)
+        self.rows = self._rows(self.files.train(), row, recipe.training.seed)
         self.state = RunState()
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.total_steps = max(1, recipe.training.total_tokens // (recipe.training.batch_rows * recipe.model.context))
         (self.folder / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=1), encoding="utf-8")
+        (self.folder / "corpus.json").write_text(json.dumps(self.files.summary, indent=1), encoding="utf-8")
+
+    def _check_kept(self) -> None:
+        kept = self.recipe.output.keep_at_steps
+        if kept and kept[-1] > self.total_steps:
+            raise ConfigError(
+                f"output.keep_at_steps asks for step {kept[-1]}, but training.total_tokens ends the run at step "
+                f"{self.total_steps}; raise the one or lower the other"
+            )
+
+    def _tokens_folder(self) -> Path:
+        name = self.recipe.output.tokens_dir
+        if name is None:
+            return self.folder / "tokens"
+        return (
+            cache_folder() / "tokens" / corpus_fingerprint(self.recipe) if name == "cache" else Path(name).expanduser()
+        )
+
+    def _rows(self, tokens: NDArray[Any], length: int, seed: int) -> Rows:
+        return Rows(tokens, length, seed) if self.pairing is None else PairRows(tokens, length, seed, self.pairing)
 
     @property
     def key(self) -> str:
-        """Fingerprint of what a checkpoint must agree on: data, shape, batch, kind of optimizer."""
+        """Fingerprint of what a checkpoint must agree on: data, shape, objective, batch, kind of optimizer."""
         recipe = self.recipe
-        parts = [self.files.summary["fingerprint"], to_dict(recipe.model), recipe.training.batch_rows]
+        shape = to_dict(recipe.model)
+        parts = [self.files.summary["fingerprint"], shape, recipe.training.batch_rows]
+        if recipe.model.kind == "decoder":  # as it was before there were other kinds: old checkpoints stay valid
+            del shape["kind"], shape["decoder_layers"]
+        else:
+            parts += [recipe.objective_name, to_dict(recipe.objective), recipe.training.start_from]
         text = json.dumps([*parts, recipe.training.seed, recipe.optimizer.matrices], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -127,6 +168,12 @@ class Run:
         name = "checkpoint.pt" if self.recipe.output.resume_from == "latest" else "checkpoint-stable.pt"
         self.state = load_checkpoint(self.folder / name, self.model, self.optimizers, self.key)
         self.report(f"resumed at step {self.state.step}, {self.state.tokens / 1e6:.2f} M tokens")
+
+    def start(self) -> None:
+        """Load the weights that ``training.start_from`` names, if it does."""
+        place = self.recipe.training.start_from
+        if place is not None:
+            self.report(f"starting from the weights of '{start_from(place, self.model, self.tokenizer)}'")
 
     def save(self, name: str = "checkpoint.pt") -> None:
         """Write a checkpoint."""
@@ -150,6 +197,8 @@ class Run:
                 )  # fmt: skip
                 done += 1
                 progress.step(event)
+                if self.state.step in output.keep_at_steps:
+                    self._keep()
                 now = time.monotonic()
                 if stop.asked or done == max_steps:
                     self.save()
@@ -178,7 +227,7 @@ class Run:
         losses = held_out_losses(
             self.evaluation_loss,
             self.files.held_out(),
-            self.recipe.model.context,
+            lambda tokens: self._rows(tokens, self.recipe.model.context, 0),
             training.batch_rows,
             pick_device(training.device),
             max_rows,
@@ -191,21 +240,54 @@ class Run:
             for name, (loss, count) in losses.items()
         }
 
+    def _export(self, name: str) -> Path:
+        export(self.model, self.tokenizer, self.recipe.model.context, self.folder / name)
+        return self.folder / name
+
     def _snapshot(self, progress: Progress) -> None:
         held_out = self.evaluate(self.recipe.output.evaluation_rows)
         progress.held_out(held_out)
-        export(self.model, self.files, self.folder / "latest")
+        self._export("latest")
         plot_losses(self.state.history, self.folder / "loss.png")
+
+    def _keep(self) -> None:
+        """Export the model as it is after this step."""
+        held_out = self.evaluate(self.recipe.output.evaluation_rows)
+        self._write_card(self._export(f"step-{self.state.step}"), held_out)
+        self.report(f"kept the model after step {self.state.step}")
+
+    def _write_card(self, folder: Path, held_out: dict[str, dict[str, float]]) -> PretrainResult:
+        result = PretrainResult(folder, self.parameters, self.state, held_out)
+        write_run_card(folder, to_dict(self.recipe), self.files.summary, result.to_json(), self.recipe.objective_name)
+        return result
 
     def _finish(self) -> PretrainResult:
         self.save()
         held_out = self.evaluate(self.recipe.output.final_evaluation_rows)
-        export(self.model, self.files, self.folder / "latest")
-        export(self.model, self.files, self.folder / "final")
+        self._export("latest")
+        result = self._write_card(self._export("final"), held_out)
         plot_losses(self.state.history, self.folder / "loss.png")
-        result = PretrainResult(self.folder / "final", self.parameters, self.state, held_out)
         (self.folder / "result.json").write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
+        self._publish()
         return result
+
+    def _publish(self) -> None:
+        """Copy what the recipe names to the user's cache folder."""
+        output = self.recipe.output
+        models = {output.publish_as: "final"} if output.publish_as else {}
+        if output.publish_steps_as:
+            for number, step in enumerate(output.keep_at_steps, start=1):
+                models[f"{output.publish_steps_as}{number}"] = f"step-{step}"
+        for name, exported in models.items():
+            if not (self.folder / exported).is_dir():
+                self.report(f"'{exported}' was passed before output.keep_at_steps named it; family/{name} is not made")
+                continue
+            place = member_folder(name)
+            scratch = place.with_name(place.name + ".partial")
+            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.copytree(self.folder / exported, scratch)
+            replace_folder(scratch, place)
+            self.report(f"family/{name} lies in '{place}'")
 
 
 class _StopSignal:

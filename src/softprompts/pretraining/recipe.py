@@ -5,18 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from softprompts.errors import ConfigError
+from softprompts.cache_folder import member_folder
+from softprompts.errors import ConfigError, nearest
 
 __all__ = [
     "CorpusConfig",
     "LMConfig",
     "LMOptimizerConfig",
     "LMTrainingConfig",
+    "ObjectiveConfig",
     "OutputConfig",
     "PretrainRecipe",
     "SourceConfig",
     "TokenizerConfig",
 ]
+
+_OBJECTIVES = {"decoder": ("causal",), "encoder_decoder": ("span_corruption", "prefix_lm")}
 
 
 @dataclass(frozen=True)
@@ -75,18 +79,58 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class LMConfig:
-    """Shape of the Llama-type decoder; the embeddings are tied."""
+    """Shape of the Llama-type decoder or of the T5-type encoder-decoder; the embeddings are tied."""
 
+    kind: Literal["decoder", "encoder_decoder"] = "decoder"
+    """``encoder_decoder``: T5 v1.1 (gated GELU, relative positions, no biases), no dropout, tied embeddings."""
     width: int = 256
     layers: int = 8
+    """Of an encoder-decoder: those of its encoder."""
+    decoder_layers: int | None = None
+    """Only for ``encoder_decoder``; ``None``: as many as ``layers``."""
     heads: int = 4
     kv_heads: int | None = None
-    """``None``: as many as ``heads``."""
+    """``None``: as many as ``heads``. Only for ``decoder``."""
     mlp_width: int = 704
     context: int = 512
-    """Longest row in tokens."""
+    """Longest row in tokens; for an encoder-decoder, whose positions are relative, the text that a pair is made of."""
     rope_theta: float = 10_000.0
+    """Only for ``decoder``."""
     init_std: float = 0.02
+    """Only for ``decoder``; an encoder-decoder starts as T5 does."""
+
+    def __post_init__(self) -> None:
+        decoder_only = {"kv_heads": self.kv_heads}
+        pair_only = {"decoder_layers": self.decoder_layers}
+        for key, value in (decoder_only if self.kind == "encoder_decoder" else pair_only).items():
+            if value is not None:
+                raise ConfigError(f"model.{key} is {value}, but a model of kind '{self.kind}' has none; leave it out")
+        if self.width % self.heads:
+            raise ConfigError(f"model.width is {self.width}, expected a multiple of model.heads {self.heads}")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is learned from a row of text (what becomes of a text before is ``corpus.sources[].objective``)."""
+
+    name: Literal["causal", "span_corruption", "prefix_lm"] | None = None
+    """``causal`` for decoders; for encoder-decoders ``span_corruption`` (T5) or ``prefix_lm`` (LM adaptation: a text is
+    cut at a random point, the encoder reads the first part, the decoder says the rest). ``None``: the first that fits
+    ``model.kind``."""
+    noise_density: float = 0.15
+    """``span_corruption``: share of the tokens that are replaced by sentinels."""
+    mean_span_length: float = 3.0
+    """``span_corruption``: mean number of tokens behind one sentinel."""
+    target_tokens: int | None = None
+    """``prefix_lm``: tokens that the decoder learns per row; the cut lies 1 to ``context - target_tokens`` tokens
+    behind the row's start. ``None``: half the context."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.noise_density < 1.0 or self.mean_span_length < 1.0:
+            raise ConfigError(
+                f"objective.noise_density is {self.noise_density} and objective.mean_span_length "
+                f"{self.mean_span_length}; expected a share between 0 and 1 and a length of at least 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -123,6 +167,9 @@ class LMTrainingConfig:
     compile: bool = True
     device: str = "auto"
     seed: int = 0
+    start_from: str | None = None
+    """Weights to start from instead of random ones: a folder in Hugging Face format, the output folder of a finished
+    run, or ``family/NAME``. Same shape and tokenizer; the optimizer starts anew."""
 
     def __post_init__(self) -> None:
         if self.batch_rows % (self.micro_batch_rows or self.batch_rows):
@@ -156,6 +203,22 @@ class OutputConfig:
     """Most rows per source in the final one; ``None``: all."""
     resume_from: Literal["latest", "stable"] = "latest"
     """``stable``: the checkpoint from before the decay, to train on for more tokens."""
+    tokens_dir: str | None = None
+    """Where the token file lies; ``None``: ``tokens/`` in ``output_dir``; ``cache``: in the user's cache folder, where
+    every run on the same corpus and tokenizer finds it."""
+    keep_at_steps: tuple[int, ...] = ()
+    """Steps after which the model is kept in ``step-N/`` (Hugging Face format)."""
+    publish_as: str | None = None
+    """Copy the final model to the user's cache folder, where ``family/<this name>`` finds it."""
+    publish_steps_as: str | None = None
+    """Copy the kept models there, under this name with 1, 2, ... behind it, in the order of their steps."""
+
+    def __post_init__(self) -> None:
+        if list(self.keep_at_steps) != sorted(set(self.keep_at_steps)) or min(self.keep_at_steps, default=1) < 1:
+            raise ConfigError(f"output.keep_at_steps is {list(self.keep_at_steps)}, expected rising numbers from 1")
+        for name in (self.publish_as, self.publish_steps_as):
+            if name is not None:
+                member_folder(name)  # refuses what is no name
 
 
 @dataclass(frozen=True)
@@ -169,11 +232,31 @@ class PretrainRecipe:
     optimizer: LMOptimizerConfig = field(default_factory=LMOptimizerConfig)
     training: LMTrainingConfig = field(default_factory=LMTrainingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
     def __post_init__(self) -> None:
+        kind, name = self.model.kind, self.objective.name
+        known = _OBJECTIVES[kind]
+        if name is not None and name not in known:
+            raise ConfigError(f"objective.name '{name}' is not for model.kind '{kind}': {nearest(name, known)}")
+        if kind == "encoder_decoder" and self.training.row_tokens is not None:
+            raise ConfigError(
+                "training.row_tokens is for decoders; for an encoder-decoder choose a shorter model.context"
+            )
+        target = self.objective.target_tokens
+        if target is not None and not 1 <= target < self.model.context:
+            raise ConfigError(
+                f"objective.target_tokens is {target}, expected at least 1 and less than model.context "
+                f"{self.model.context}"
+            )
         row = self.training.row_tokens
         if row is not None and self.model.context % row:
             raise ConfigError(
                 f"training.row_tokens is {row}, expected a divisor of model.context {self.model.context}, "
                 "so that every step has the same number of tokens"
             )
+
+    @property
+    def objective_name(self) -> str:
+        """What is learned: the name given, or the first that fits the kind of model."""
+        return self.objective.name or _OBJECTIVES[self.model.kind][0]

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from softprompts.config import to_dict
@@ -21,7 +22,16 @@ from softprompts.errors import DataError
 from softprompts.pretraining.corpus import Source, mix, open_sources
 from softprompts.pretraining.recipe import PretrainRecipe, TokenizerConfig
 
-__all__ = ["END_OF_TEXT", "PAD", "TokenFiles", "prepare_tokens", "save_tokenizer", "train_tokenizer"]
+__all__ = [
+    "END_OF_TEXT",
+    "PAD",
+    "TokenFiles",
+    "corpus_fingerprint",
+    "prepare_tokens",
+    "save_tokenizer",
+    "train_tokenizer",
+    "with_sentinels",
+]
 
 END_OF_TEXT = "<|endoftext|>"
 """Id 0: starts and ends every document."""
@@ -46,6 +56,21 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def with_sentinels(tokenizer: Tokenizer, count: int) -> Tokenizer:
+    """Return the tokenizer of an encoder-decoder: ``<extra_id_0>`` and so on behind the other tokens, texts end in EOS.
+
+    All other ids stay as they are. As in T5, the end stands behind every text, unless special tokens are left out.
+    """
+    extended = Tokenizer.from_str(tokenizer.to_str())
+    extended.add_special_tokens([AddedToken(f"<extra_id_{i}>", normalized=False) for i in range(count)])
+    extended.post_processor = processors.TemplateProcessing(
+        single=f"$A {END_OF_TEXT}",
+        pair=f"$A {END_OF_TEXT} $B {END_OF_TEXT}",
+        special_tokens=[(END_OF_TEXT, 0)],
+    )
+    return extended
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
@@ -97,6 +122,12 @@ class TokenFiles:
         return {f.stem: np.fromfile(f, dtype=self.dtype) for f in files if f.stat().st_size}
 
 
+def corpus_fingerprint(recipe: PretrainRecipe) -> str:
+    """Digest of all that token files depend on: the sections ``corpus`` and ``tokenizer``, not what the files hold."""
+    key = json.dumps([to_dict(recipe.corpus), to_dict(recipe.tokenizer)], sort_keys=True)
+    return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+
+
 def prepare_tokens(recipe: PretrainRecipe, folder: Path, report: Callable[[str], None] = print) -> TokenFiles:
     """Train the tokenizer and write the token files, unless ``folder`` holds those of the same recipe already.
 
@@ -108,8 +139,7 @@ def prepare_tokens(recipe: PretrainRecipe, folder: Path, report: Callable[[str],
     Raises:
         DataError: The mix holds less than a thousand tokens.
     """
-    key = json.dumps([to_dict(recipe.corpus), to_dict(recipe.tokenizer)], sort_keys=True)
-    fingerprint = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    fingerprint = corpus_fingerprint(recipe)
     if (folder / "corpus.json").is_file():
         summary = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         if summary["fingerprint"] == fingerprint:
@@ -120,7 +150,8 @@ def prepare_tokens(recipe: PretrainRecipe, folder: Path, report: Callable[[str],
     tokenizer = train_tokenizer(_limited(sources, recipe), recipe.tokenizer)
     for source in sources:
         source.epochs = 0
-    scratch = folder.with_name(folder.name + ".partial")
+    # A folder in the cache may be wanted by two runs at once: each writes its own.
+    scratch = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "held_out").mkdir(parents=True)
     tokenizer.save(str(scratch / "tokenizer.json"))
