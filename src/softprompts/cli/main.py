@@ -30,7 +30,7 @@ _EXIT_INTERRUPTED = 130
 
 
 class Verb(NamedTuple):
-    """Where a verb lives, and the line that ``softprompts --help`` shows for it."""
+    """Where a verb lives, and the line that ``softprompts --help`` shows for it. A name of two words is of a group."""
 
     name: str
     module: str
@@ -46,9 +46,23 @@ VERBS = (
     Verb("score", "softprompts.cli.score", "score", "Score a file of predictions; compare two."),
     Verb("generate", "softprompts.cli.evaluate", "generate", "Lines in, lines out, each with a prompt of its own."),
     Verb("inspect", "softprompts.cli.inspect", "inspect", "Say what a saved prompt is and which model it is for."),
+    Verb("similarity", "softprompts.cli.similarity", "similarity", "Compare prompts: a matrix, a heat map, a tree."),
+    Verb("library", "softprompts.cli.library", "library", "List and search a folder of prompts."),
     Verb("bench", "softprompts.cli.bench", "bench", "Measure speed against PEFT, the plain model and the floor."),
     Verb("convert", "softprompts.cli.convert", "convert", "Turn a saved prompt into PEFT's format, or back."),
+    Verb("ensemble train", "softprompts.cli.ensemble", "train", "Train several prompts of one task in one pass."),
+    Verb("ensemble predict", "softprompts.cli.ensemble", "predict", "Lines in, lines out, all prompts in one pass."),
+    Verb("ensemble evaluate", "softprompts.cli.ensemble", "evaluate", "Average, best prompt and ensemble on a task."),
+    Verb("transfer tasks", "softprompts.cli.transfer", "tasks", "Every prompt on every task, without training."),
+    Verb("transfer models", "softprompts.cli.transfer", "models", "Prompts for another model out of prompts for this."),
+    Verb("transfer steps", "softprompts.cli.transfer", "steps", "Updates until runs reach another run's score."),
 )
+
+_GROUPS = {
+    "ensemble": "Several prompts of one task answer together.",
+    "transfer": "What prompts do on other tasks, and how they come to other models.",
+}
+"""The line that ``softprompts --help`` shows for the first word of verbs with two."""
 
 
 @dataclass
@@ -95,10 +109,16 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
     ) -> None:
         session.debug = debug
 
+    groups: dict[str, typer.Typer] = {"": app}
     for verb in VERBS:
         if importlib.util.find_spec(verb.module) is not None:
-            function = _guarded(verb_function(verb), session) if verb.name in arguments else _listed
-            app.command(verb.name, help=None if verb.name in arguments else verb.help)(function)
+            group, _, name = verb.name.rpartition(" ")
+            if group not in groups:
+                groups[group] = typer.Typer(no_args_is_help=True)
+                app.add_typer(groups[group], name=group, help=_GROUPS[group])
+            called = all(word in arguments for word in verb.name.split())
+            function = _guarded(verb_function(verb), session) if called else _listed
+            groups[group].command(name, help=None if called else verb.help)(function)
     return app
 
 

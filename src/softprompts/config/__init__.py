@@ -20,13 +20,18 @@ from softprompts.config.schema import (
     TrainRecipe,
 )
 from softprompts.config.together import member_recipes, varied
+from softprompts.config.transfer import JudgeConfig, MatchConfig, PairConfig, ProjectorConfig, TransferRecipe
 
 __all__ = [
     "DecodingConfig",
     "EvaluationConfig",
     "InitConfig",
+    "JudgeConfig",
+    "MatchConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PairConfig",
+    "ProjectorConfig",
     "PromptConfig",
     "ReparamConfig",
     "ScheduleConfig",
@@ -34,6 +39,7 @@ __all__ = [
     "TaskConfig",
     "TrainRecipe",
     "TrainingConfig",
+    "TransferRecipe",
     "decode",
     "load_recipe",
     "member_recipes",
