@@ -1,4 +1,4 @@
-"""Write docs/reference/{recipe,cli,errors,tasks}.md from the code; ``make reference`` runs it, a test checks it."""
+"""Write docs/reference/{recipe,presets,cli,errors,tasks}.md from the code; ``make reference`` runs it, a test looks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib.util
 import inspect
+import json
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import typer
 
 from softprompts import config, errors
 from softprompts.cli.main import VERBS, verb_function
+from softprompts.config.presets import PRESETS
 from softprompts.tasks.catalog import get_task, load_catalog
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +108,38 @@ def default_words(item: dataclasses.Field[Any]) -> str:
 def cell(text: str) -> str:
     """Fit a note into one cell of a table."""
     return " ".join(text.split()).replace("``", "`").replace("|", "\\|")
+
+
+# --- presets ---------------------------------------------------------------------------------------------------------
+
+
+def presets_page() -> str:
+    """Write every preset down: its values, and what depends on the recipe."""
+    lines = [
+        "# Presets",
+        "",
+        "`preset: NAME` at the top of a recipe, or `softprompts train RECIPE --preset NAME`. The recipe's own keys win",
+        "over the preset's, `--set` wins over both, and what neither names has its [default](recipe.md). The resolved",
+        "recipe, with the name of its preset, is kept with every run and prompt.",
+        "",
+    ]
+    for name, preset in PRESETS.items():
+        lines += [f"## `{name}`", "", preset.description, "", "| key | value |", "|---|---|"]
+        lines += [f"| `{key}` | {yaml_words(value)} |" for key, value in preset.values.items()]
+        for case in preset.cases:
+            where = " and ".join(
+                f"`{key}` is {', '.join(map(yaml_words, wanted)) if isinstance(wanted, tuple) else yaml_words(wanted)}"
+                for key, wanted in case.where.items()
+            )
+            lines += ["", f"Where {where}:", "", "| key | value |", "|---|---|"]
+            lines += [f"| `{key}` | {yaml_words(value)} |" for key, value in case.values.items()]
+        lines.append("")
+    return NOTE + "\n".join(lines)
+
+
+def yaml_words(value: Any) -> str:
+    """Write a value as YAML has it."""
+    return f"`{json.dumps(list(value) if isinstance(value, tuple) else value).strip(chr(34))}`"
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
@@ -220,7 +254,13 @@ def tasks_page() -> str:
     return NOTE + "\n".join([*lines, ""])
 
 
-PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "errors.md": errors_page, "tasks.md": tasks_page}
+PAGES = {
+    "recipe.md": recipe_page,
+    "presets.md": presets_page,
+    "cli.md": cli_page,
+    "errors.md": errors_page,
+    "tasks.md": tasks_page,
+}
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import Cache
 
 from softprompts.errors import PromptMismatchError, UnsupportedModelError
@@ -31,7 +30,7 @@ from softprompts.models.inputs import (
     prompt_lengths,
     prompts_in_use,
 )
-from softprompts.models.label_loss import chunked_cross_entropy
+from softprompts.models.label_loss import chunked_cross_entropy, token_losses
 from softprompts.models.packing import pack
 from softprompts.models.seq2seq import Seq2SeqState
 from softprompts.models.sources import Held, SourceCache, cuttable, put_in_front, without_inputs
@@ -236,13 +235,16 @@ class PromptedLM(nn.Module):
         hidden_MD, labels_M, row_M = self._label_states(batch, states)
         return LabelLogits(self.frozen.head(hidden_MD), labels_M, row_M)
 
-    def label_losses(self, batch: Batch, states: Sequence[PromptStates] | None = None) -> LabelLosses:
+    def label_losses(
+        self, batch: Batch, states: Sequence[PromptStates] | None = None, *, z_loss: float = 0.0
+    ) -> LabelLosses:
         """Cross-entropy of a batch's labels; the logits of a large vocabulary are never in memory all at once.
 
         Args:
             batch: With labels.
             states: What :meth:`states` returned in this step; computed here if left out, which is also the faster way
                 to train: embedding prompts then run in the same pass as the text.
+            z_loss: Adds so much of the logits' squared log-sum-exp to every loss.
 
         Raises:
             DataError: There are no labels, or one stands first in its row.
@@ -252,11 +254,10 @@ class PromptedLM(nn.Module):
         with self.frozen.autocast():
             hidden_MD, labels_M, row_M = self._label_states(batch, states)
             if self.frozen.head_is_trained:
-                logits_MV = self.frozen.head(hidden_MD)
-                losses_M = functional.cross_entropy(logits_MV, labels_M, reduction="none")
+                losses_M = token_losses(self.frozen.head(hidden_MD), labels_M, z_loss)
             else:
-                vocab_size = self.frozen.geometry.vocab_size
-                losses_M = chunked_cross_entropy(self.frozen.head, hidden_MD, labels_M, vocab_size=vocab_size)
+                size = self.frozen.geometry.vocab_size
+                losses_M = chunked_cross_entropy(self.frozen.head, hidden_MD, labels_M, vocab_size=size, z_loss=z_loss)
         return LabelLosses(losses_M, labels_M, row_M)
 
     def _label_states(self, batch: Batch, states: Sequence[PromptStates] | None) -> tuple[Tensor, Tensor, Tensor]:

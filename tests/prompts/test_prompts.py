@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -130,6 +131,16 @@ def test_uniform_stays_in_its_range(llama: FrozenLM) -> None:
         assert 0.45 < float(table.max()) <= 0.5
 
 
+def test_uniform_as_the_code_of_prompt_tuning_has_it(llama: FrozenLM) -> None:
+    """The paper says [-0.5, 0.5], jax's initializer of its code draws from [0, 0.5)."""
+    init = InitConfig(name="uniform", low=0.0)
+    table = build_prompt(PromptConfig(kind="embedding", length=50, initializer=init), llama, seed=0).table_PW
+    assert 0.0 <= float(table.min()) < 0.01
+    assert 0.49 < float(table.max()) < 0.5
+    with pytest.raises(ConfigError, match="below the second"):
+        build_prompt(PromptConfig(initializer=InitConfig(name="uniform", low=0.5)), llama, seed=0)
+
+
 def test_vocabulary_samples_rows_of_the_embedding_without_replacement(llama: FrozenLM) -> None:
     config = PromptConfig(kind="embedding", length=60, initializer=InitConfig(name="vocabulary", population=60))
     table = build_prompt(config, llama, seed=0).table_PW
@@ -146,10 +157,24 @@ def test_labels_are_means_of_their_pieces_and_the_rest_is_vocabulary(llama: Froz
         torch.testing.assert_close(table[position], llama.embed(llama.tokenize(f" {label}")).mean(dim=0))
     plain = build_prompt(PromptConfig(kind="embedding", length=5), llama, seed=0).table_PW
     assert torch.equal(table[2:], plain[2:])
-    with pytest.raises(LengthError, match="2 class words"):
-        build_prompt(PromptConfig(length=1, initializer=init), llama, seed=0)
     with pytest.raises(ConfigError, match=r"initializer\.labels"):
         build_prompt(PromptConfig(initializer=InitConfig(name="labels")), llama, seed=0)
+
+
+def test_labels_by_hand(llama: FrozenLM, caplog: pytest.LogCaptureFixture) -> None:
+    """Means of rows of the embedding matrix, computed from the tokenizer's ids alone; what has no room is dropped."""
+    matrix = llama.model.get_input_embeddings().weight
+    yes, no = ([matrix[id_] for id_ in llama.tokenizer(word).input_ids] for word in (" yes", " no"))
+    assert (len(yes), len(no)) == (4, 3)  # one token per byte
+    init = InitConfig(name="labels", labels=("yes", "no", "maybe"))
+    with caplog.at_level(logging.WARNING):
+        table = build_prompt(PromptConfig(kind="embedding", length=2, initializer=init), llama, seed=0).table_PW
+    assert "no room for all 3 class words; left out: maybe" in caplog.text
+    torch.testing.assert_close(table[0], (yes[0] + yes[1] + yes[2] + yes[3]).detach() / 4)
+    torch.testing.assert_close(table[1], (no[0] + no[1] + no[2]).detach() / 3)
+    caplog.clear()
+    build_prompt(PromptConfig(kind="embedding", length=3, initializer=init), llama, seed=0)
+    assert not caplog.text
 
 
 def test_text_is_repeated_or_cut(llama: FrozenLM) -> None:

@@ -41,10 +41,12 @@ def start() -> Tensor:
     return torch.randn(5, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 
 
-def test_adafactor_with_the_papers_settings_follows_the_formula(start: Tensor):
-    config = OptimizerConfig(name="adafactor", learning_rate=0.3, weight_decay=1e-5, decay_rate=0.8)
+@pytest.mark.parametrize("earlier", [0, 1_100_000], ids=["from the start", "as the official code counts"])
+def test_adafactor_with_the_papers_settings_follows_the_formula(start: Tensor, earlier: int):
+    config = OptimizerConfig("adafactor", learning_rate=0.3, weight_decay=1e-5, earlier_steps=earlier)
+    assert (config.decay_rate, config.factored) == (0.8, False)
     expected, second_moment = start.clone(), torch.zeros_like(start)
-    for t, gradient in enumerate(gradients(), start=1):
+    for t, gradient in enumerate(gradients(), start=1 + earlier):
         decay = 1 - t**-0.8
         second_moment = decay * second_moment + (1 - decay) * (gradient**2 + 1e-30)
         update = gradient / second_moment.sqrt()
@@ -109,6 +111,8 @@ def test_sgd_follows_the_formula(start: Tensor):
     [
         ({"learning_rate": 0.0}, r"optimizer\.learning_rate is 0\.0, expected"),
         ({"weight_decay": -1.0}, r"optimizer\.weight_decay is -1\.0, expected"),
+        ({"z_loss": -0.5}, r"optimizer\.z_loss is -0\.5, expected"),
+        ({"name": "adafactor", "earlier_steps": -1}, r"optimizer\.earlier_steps is -1, expected"),
     ],
 )
 def test_wrong_optimizer_settings_are_named(change: dict[str, float], said: str):

@@ -170,9 +170,9 @@ def test_a_pass_is_filled_with_whole_batches(
     batches = {number: [next(iter(run.batches(0, 0)))] for number, run in enumerate(runs)}
     real = PromptedLM.label_losses
 
-    def counted(self: PromptedLM, batch: Any, states: Any = None) -> Any:
+    def counted(self: PromptedLM, batch: Any, states: Any = None, **options: float) -> Any:
         sizes.append((batch.rows, len(self.prompts)))
-        return real(self, batch, states)
+        return real(self, batch, states, **options)
 
     monkeypatch.setattr(PromptedLM, "label_losses", counted)
     total = sum(own.rows for (own,) in batches.values())

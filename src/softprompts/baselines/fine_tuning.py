@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, final
 
@@ -29,12 +29,19 @@ class FineTuningObjective:
     Args:
         frozen: The model to start from, in float32.
         reduction: How token losses become one number; see :func:`softprompts.training.batch_loss`.
+        z_loss: Of the training loss; what is measured (:meth:`losses`) is the cross-entropy alone.
 
     Raises:
         ConfigError: The weights are quantized, so that most of them cannot be trained.
     """
 
-    def __init__(self, frozen: FrozenLM, reduction: Literal["token_mean", "sentence_sum"] = "token_mean") -> None:
+    def __init__(
+        self,
+        frozen: FrozenLM,
+        reduction: Literal["token_mean", "sentence_sum"] = "token_mean",
+        *,
+        z_loss: float = 0.0,
+    ) -> None:
         if frozen.quantization is not None:
             raise ConfigError(
                 f"the weights of '{frozen.name}' are kept in {frozen.quantization} and cannot be trained; fine-tune it "
@@ -44,6 +51,7 @@ class FineTuningObjective:
         self.tuned.model.requires_grad_(True)
         self.prompted = PromptedLM(self.tuned, [])
         self.reduction = reduction
+        self.z_loss = z_loss
 
     def parameters(self) -> list[nn.Parameter]:
         """All weights, tied ones once."""
@@ -52,7 +60,12 @@ class FineTuningObjective:
     def loss(self, batch: Batch) -> StepLoss:
         """Loss of one batch, with gradient to the weights; prompts that the rows name are left out."""
         (plain,) = without_prompts([batch])
-        return batch_loss(self.prompted, plain, self.reduction)
+        return batch_loss(self.prompted, plain, self.reduction, z_loss=self.z_loss)
+
+    def losses(self, batches: Iterable[Batch]) -> Iterator[StepLoss]:
+        """Losses of batches between which nothing is trained."""
+        for plain in without_prompts(batches):
+            yield batch_loss(self.prompted, plain, self.reduction)
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Copy of all weights."""

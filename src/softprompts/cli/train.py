@@ -29,6 +29,10 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value of the recipe; repeatable.")
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", metavar="NAME", help="Values that hold where the recipe gives none; docs: presets."),
+    ] = None,
     seeds: Annotated[
         str | None, typer.Option("--seeds", metavar="N,N,...", help="One prompt per seed, trained together.")
     ] = None,
@@ -42,6 +46,16 @@ def train(
     ] = None,
     format: TemplateOption = None,
     target: TargetOption = None,
+    from_library: Annotated[
+        Path | None,
+        typer.Option("--from-library", metavar="DIR", help="Start from the best prompt of a folder, of another task."),
+    ] = None,
+    by: Annotated[
+        str, typer.Option("--by", help="What is best: zero-shot (score on dev), or a similarity: cosine, neurons, ...")
+    ] = "zero-shot",
+    like: Annotated[
+        Path | None, typer.Option("--like", metavar="DIR", help="For a similarity: a prompt of the task itself.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint, exactly.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="The run's folder, instead of the recipe's.")
@@ -60,7 +74,12 @@ def train(
     """
     from softprompts.config import TrainRecipe, load_recipe, varied
 
-    config = load_recipe(recipe, TrainRecipe, [*template_overrides(format, target), *(set_ or [])])
+    named = [f"preset={preset}"] if preset is not None else []
+    config = load_recipe(recipe, TrainRecipe, [*named, *template_overrides(format, target), *(set_ or [])])
+    if from_library is not None:
+        from softprompts.cli.transfer_tasks import warm_start
+
+        config = warm_start(config, from_library, by, like)
     config = varied(config, seeds, vary or [])
     if output is not None:
         config = dataclasses.replace(config, output_dir=str(output))

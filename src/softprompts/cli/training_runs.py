@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from softprompts.training import Event, FitResult, Member, PromptObjective, Selection
     from softprompts.types import Encoded, Example
 
-__all__ = ["Plan", "PreparedRun", "Rows", "plan", "prepare", "save", "write_recipes"]
+__all__ = ["MEAN", "Plan", "PreparedRun", "Rows", "plan", "prepare", "save", "write_recipes"]
 
 _RECIPE_FILE = "recipe.yaml"
 _FREE_SECTIONS = ("output_dir", "model.device", "together")
 """Keys of a recipe that may differ when a run is resumed: they say where it runs, not what it does (what the prompts of
 a list do is in the recipe of each one's own folder)."""
+MEAN = "mean"
+"""``evaluation.selection`` for the mean of several metrics."""
 _REFERENCE_ROWS = 512
 """Training rows on which the model without a prompt is measured where there is no dev split."""
 
@@ -37,6 +39,9 @@ class Plan:
     config: TrainRecipe
     task: Task
     selection: Selection
+    measured: tuple[str, ...] = ()
+    """Metrics of dev outputs: the one that selects, or those whose mean does; empty where the loss selects. Those of
+    the likeliest choices begin with ``ranked/``."""
 
     @property
     def directory(self) -> Path:
@@ -51,7 +56,7 @@ class Rows:
     train: Sequence[Encoded]
     dev: Sequence[Encoded]
     inputs: Sequence[Encoded]
-    """Dev rows without targets, where outputs have to be generated from them."""
+    """Dev rows without targets, where outputs have to be predicted from them."""
     reference_loss: float
     kept_bytes: int = 0
     """What the keys and values of their inputs will take in memory, where they are kept."""
@@ -100,8 +105,10 @@ def plan(config: TrainRecipe, name: str = "") -> Plan:
         MissingExtraError: The metric cannot be computed here.
     """
     from softprompts.errors import ConfigError, MissingExtraError
+    from softprompts.evaluation.classification import RANKED
     from softprompts.evaluation.metrics import unusable
     from softprompts.evaluation.scorers import METRICS
+    from softprompts.evaluation.selection import averageable
     from softprompts.tasks import get_task
     from softprompts.training import Selection
 
@@ -114,10 +121,15 @@ def plan(config: TrainRecipe, name: str = "") -> Plan:
         )
     if metric == "loss":
         return Plan(name, config, task, Selection())
-    selection = Selection(metric, maximize=METRICS.get(metric).higher_is_better)
-    if (reason := unusable([metric]).get(metric)) and "dev" in task.splits:
-        raise MissingExtraError(f"metric '{metric}' cannot be computed: {reason}")
-    return Plan(name, config, task, selection)
+    measured = averageable(config.evaluation.metrics or task.metrics) if metric == MEAN else (metric,)
+    plain = [one.removeprefix(RANKED) for one in measured]
+    if config.evaluation.prediction == "rank":
+        measured = tuple(f"{RANKED}{one}" for one in plain)
+        metric = MEAN if metric == MEAN else measured[0]
+    selection = Selection(metric, maximize=metric == MEAN or METRICS.get(plain[0]).higher_is_better)
+    for one, reason in unusable(plain).items() if "dev" in task.splits else ():
+        raise MissingExtraError(f"metric '{one}' cannot be computed: {reason}")
+    return Plan(name, config, task, selection, measured)
 
 
 def write_recipes(recipes: Sequence[TrainRecipe], resume: bool, refuse_unfinished: Callable[[], None]) -> None:
@@ -199,7 +211,7 @@ def prepare(plans: Sequence[Plan], frozen: FrozenLM, *, measure: bool = True) ->
     for one in plans:
         config = one.config
         measures = one.selection.metric != "loss"
-        key = repr((config.task, config.evaluation.limit, measures))
+        key = repr((config.task, config.evaluation.limit, measures, one.measured))
         if key not in encoded:
             encoded[key] = _encoded(one, frozen)
         train, dev, inputs = encoded[key]
@@ -244,8 +256,10 @@ def _keep_sources(
 
 
 def _encoded(one: Plan, frozen: FrozenLM) -> tuple[list[Encoded], list[Encoded], list[Encoded]]:
-    """Encode the training rows, the dev rows, and the dev inputs where outputs have to be generated from them."""
+    """Encode the training rows, the dev rows, and the dev inputs where outputs have to be predicted from them."""
     from softprompts.cli.loading import encode_rows
+    from softprompts.errors import ConfigError
+    from softprompts.evaluation.classification import RANKED
 
     config, task = one.config, one.task
     prompt = -1 if config.method == "fine_tuning" else 0
@@ -255,6 +269,12 @@ def _encoded(one: Plan, frozen: FrozenLM) -> tuple[list[Encoded], list[Encoded],
 
     dev = task.load("dev", config.task) if "dev" in task.splits else []
     inputs = encode(dev[: config.evaluation.limit], with_target=False) if one.selection.metric != "loss" else []
+    ranked = [name for name in one.measured if name.startswith(RANKED)]
+    if ranked and not all(row.example.choices for row in inputs):
+        raise ConfigError(
+            f"'{ranked[0]}' is to be measured on dev, but task '{task.name}' has no choices to rank; set "
+            "evaluation.prediction=generate"
+        )
     return encode(task.load("train", config.task)), encode(dev), inputs
 
 
@@ -268,16 +288,16 @@ def _objective(one: Plan, frozen: FrozenLM) -> PromptObjective | FineTuningObjec
 
     config = one.config
     if config.method == "fine_tuning":
-        return FineTuningObjective(frozen, config.training.loss)
+        return FineTuningObjective(frozen, config.training.loss, z_loss=config.optimizer.z_loss)
     initializer = config.prompt.initializer
     source = None
     if initializer.name == "prompt" and initializer.prompt is not None:
         source = load_prompt(initializer.prompt, frozen).prompt
     if initializer.name == "labels" and not initializer.labels:
-        initializer = dataclasses.replace(initializer, labels=one.task.choices)  # the task knows its class words
+        initializer = dataclasses.replace(initializer, labels=one.task.class_words)
     prompt_config = dataclasses.replace(config.prompt, initializer=initializer)
     prompt = build_prompt(prompt_config, frozen, seed=config.training.seed, source=source)
-    return PromptObjective(PromptedLM(frozen, [prompt]), config.training.loss)
+    return PromptObjective(PromptedLM(frozen, [prompt]), config.training.loss, z_loss=config.optimizer.z_loss)
 
 
 def _check_lengths(objective: PromptObjective | FineTuningObjective, rows: Sequence[Encoded]) -> None:

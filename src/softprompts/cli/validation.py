@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from softprompts.cli.training_runs import PreparedRun
     from softprompts.config import DecodingConfig
+    from softprompts.inference import Engine
     from softprompts.training import SharedPasses
     from softprompts.types import Encoded, Prediction
 
@@ -25,7 +26,7 @@ def validator(
         passes: How several prompts share forward passes; ``None`` for a run on its own.
 
     Returns:
-        From numbers of runs to their dev loss, and the selection metric where that is another one.
+        From numbers of runs to their dev loss and, where that does not select, the metrics that do.
     """
 
     def validate(numbers: Sequence[int]) -> dict[int, dict[str, float]]:
@@ -52,43 +53,94 @@ def _losses(runs: Mapping[int, PreparedRun], passes: SharedPasses | None) -> dic
 
 
 def _scores(runs: Mapping[int, PreparedRun]) -> dict[int, dict[str, float]]:
-    """Generate with all prompts in the same batches, and score each prompt's outputs."""
+    """Predict with all prompts in the same batches, and score each prompt's outputs."""
+    from softprompts.cli.training_runs import MEAN
+    from softprompts.evaluation.classification import RANKED
     from softprompts.evaluation.metrics import score_all
 
-    scores = {}
-    for number, predictions in _predictions(runs).items():
-        metric = runs[number].plan.selection.metric
-        named = tuple(str(one.example.metadata.get("group", "")) for one in predictions)
-        values = score_all(
-            [metric],
-            [one.text for one in predictions],
-            [one.example.all_references for one in predictions],
-            resamples=0,
-            groups=named if all(named) else None,
-        )
-        scores[number] = {metric: values[metric].value}
+    ways: dict[str, dict[int, list[Prediction]]] = {}
+    for prefix, predict in (("", _generated), (RANKED, _ranked)):
+        asked = {
+            number: run
+            for number, run in runs.items()
+            if any(name.startswith(RANKED) == bool(prefix) for name in run.plan.measured)
+        }
+        ways[prefix] = predict(asked)
+    scores: dict[int, dict[str, float]] = {number: {} for number in runs}
+    for number, run in runs.items():
+        plan, own = run.plan, scores[number]
+        for name in plan.measured:
+            plain = name.removeprefix(RANKED)
+            predictions = ways[name.removesuffix(plain)][number]
+            groups = tuple(str(one.example.metadata.get("group", "")) for one in predictions)
+            value = score_all(
+                [plain],
+                [one.text for one in predictions],
+                [one.example.all_references for one in predictions],
+                resamples=0,
+                groups=groups if all(groups) else None,
+            )
+            own[name] = value[plain].value
+        if plan.selection.metric == MEAN:
+            own[MEAN] = sum(own.values()) / len(plan.measured)
     return scores
 
 
-def _predictions(runs: Mapping[int, PreparedRun]) -> dict[int, list[Prediction]]:
+def _generated(runs: Mapping[int, PreparedRun]) -> dict[int, list[Prediction]]:
+    """What the prompts of some runs make of their dev inputs."""
     from softprompts.evaluation.predict import predict
+
+    found: dict[int, list[Prediction]] = {}
+    for decoding, numbers in _alike(runs):
+        engine, rows = _shared_engine(runs, numbers)
+        predictions = iter(predict(engine, [row for own in rows for row in own], decoding))
+        for number, own in zip(numbers, rows, strict=True):
+            found[number] = [next(predictions) for _ in own]
+    return found
+
+
+def _ranked(runs: Mapping[int, PreparedRun]) -> dict[int, list[Prediction]]:
+    """Which of their choices they find likeliest."""
+    from softprompts.cli.loading import ranking_of
+    from softprompts.evaluation.predict import Ranking, rank
+
+    groups: dict[tuple[Any, int], list[int]] = {}
+    for number, run in runs.items():
+        evaluation = run.plan.config.evaluation
+        groups.setdefault((evaluation.ranking, evaluation.decoding.batch_size), []).append(number)
+    found: dict[int, list[Prediction]] = {}
+    for (by, batch_size), numbers in groups.items():
+        engine, rows = _shared_engine(runs, numbers)
+        rankings = [
+            cast(Ranking, ranking_of(own, runs[n].plan.task, engine.frozen, runs[n].plan.config.task, by))
+            for n, own in zip(numbers, rows, strict=True)
+        ]
+        together = Ranking(
+            [choices for one in rankings for choices in one.choices],
+            by,
+            [row for one in rankings for row in one.priors],
+        )
+        predictions = iter(rank(engine, [row for own in rows for row in own], together, batch_size=batch_size))
+        for number, own in zip(numbers, rows, strict=True):
+            found[number] = [next(predictions) for _ in own]
+    return found
+
+
+def _shared_engine(runs: Mapping[int, PreparedRun], numbers: Sequence[int]) -> tuple[Engine, list[Sequence[Encoded]]]:
+    """Put the prompts of some runs on one model, and give each run's dev inputs with its prompt's place there."""
     from softprompts.inference import Engine
     from softprompts.prompted import PromptedLM
     from softprompts.prompts import SoftPrompt
 
-    found: dict[int, list[Prediction]] = {}
-    for decoding, numbers in _alike(runs):
-        first = runs[numbers[0]].objective.prompted
-        prompts = [cast(SoftPrompt, prompt) for number in numbers for prompt in runs[number].objective.prompted.prompts]
-        engine = Engine(PromptedLM(first.frozen, prompts) if len(numbers) > 1 else first)
-        rows: list[Encoded] = []
-        for place, number in enumerate(numbers):
-            inputs = runs[number].rows.inputs
-            rows += [dataclasses.replace(row, prompt=place) for row in inputs] if len(numbers) > 1 else inputs
-        predictions = iter(predict(engine, rows, decoding))
-        for number in numbers:
-            found[number] = [next(predictions) for _ in runs[number].rows.inputs]
-    return found
+    first = runs[numbers[0]].objective.prompted
+    if len(numbers) == 1:
+        return Engine(first), [runs[numbers[0]].rows.inputs]
+    prompts = [cast(SoftPrompt, prompt) for number in numbers for prompt in runs[number].objective.prompted.prompts]
+    rows = [
+        [dataclasses.replace(row, prompt=place) for row in runs[number].rows.inputs]
+        for place, number in enumerate(numbers)
+    ]
+    return Engine(PromptedLM(first.frozen, prompts)), list(rows)
 
 
 def _alike(runs: Mapping[int, PreparedRun]) -> list[tuple[DecodingConfig, list[int]]]:

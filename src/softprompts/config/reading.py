@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -13,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from softprompts.config.presets import with_preset
 from softprompts.errors import ConfigError, DataNotFoundError, nearest
 
 __all__ = [
@@ -91,7 +93,7 @@ def override(config: C, overrides: Sequence[str]) -> C:
     """
     mapping = to_dict(config)
     for text in overrides:
-        _set(mapping, *parse_override(text, type(config)), text)
+        _change(mapping, *parse_override(text, type(config)), text)
     return decode(type(config), mapping)
 
 
@@ -103,8 +105,17 @@ def replaced(config: C, values: Mapping[str, Any]) -> C:
     """
     mapping = to_dict(config)
     for key, value in values.items():
-        _set(mapping, key.split("."), value, f"{key}={value}")
+        _change(mapping, key.split("."), value, f"{key}={value}")
     return decode(type(config), mapping)
+
+
+def _change(mapping: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    if keys == ["preset"]:
+        raise ConfigError(
+            f"'{override}' comes too late: a preset fills in what a recipe leaves out, and here every key has a value; "
+            "name it in the recipe file or with train --preset"
+        )
+    _set(mapping, keys, value, override)
 
 
 class _Loader(yaml.SafeLoader):
@@ -161,14 +172,16 @@ def _set(mapping: dict[str, Any], keys: list[str], value: Any, override: str) ->
 
 
 def decode(cls: type[C], mapping: Mapping[str, Any], where: str = "") -> C:
-    """Turn a mapping into a dataclass, recursively.
+    """Turn a mapping into a dataclass, recursively; what a recipe with a preset leaves out is the preset's.
 
     Raises:
         ConfigError: A key is unknown (the nearest one is named) or a value has the wrong type.
     """
     assert dataclasses.is_dataclass(cls)
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     known = {item.name for item in dataclasses.fields(cls) if item.init}
+    if not where and "preset" in known and mapping.get("preset") is not None:
+        mapping = with_preset(mapping, to_dict(cls()))
     values: dict[str, Any] = {}
     for key, value in mapping.items():
         place = f"{where}.{key}" if where else str(key)
@@ -184,6 +197,12 @@ def decode(cls: type[C], mapping: Mapping[str, Any], where: str = "") -> C:
     if missing:
         raise ConfigError(f"missing key '{f'{where}.' if where else ''}{missing[0]}' of type {hints[missing[0]]}")
     return cls(**values)
+
+
+@functools.cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    """Resolved once per class: a list of ten thousand prompts decodes the same few classes again and again."""
+    return typing.get_type_hints(cls)
 
 
 def _convert(hint: Any, value: Any, place: str) -> Any:

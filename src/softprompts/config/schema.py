@@ -99,9 +99,15 @@ class TaskConfig:
 class ReparamConfig:
     """How the prompt is parametrized while it is trained."""
 
-    name: Literal["none", "mlp", "residual"] = "none"
+    name: Literal["none", "mlp", "residual", "residual_prompt"] = "none"
+    """``mlp``: the table is the output of an MLP (prefix-tuning paper). ``residual``: a trained table plus such an MLP,
+    whose output starts at zero. ``residual_prompt``: residual prompt tuning (Razdaibiedina et al. 2023) of an embedding
+    prompt: a trained table plus what a bottleneck makes of its own rows."""
     hidden_size: int = 512
-    """Units of the tanh layer (paper: 512 for table-to-text, 800 for summarization)."""
+    """Units of the tanh layer (paper: 512 for table-to-text, 800 for summarization), or of the bottleneck of
+    ``residual_prompt`` (its official code: 800)."""
+    shared: bool = True
+    """For ``residual_prompt``: one MLP for all positions, or one for each."""
     start: Literal["none", "closed_form", "regression"] = "none"
     """How an ``mlp`` is made to start at the initializer's values (``residual`` starts there by construction)."""
     regression_steps: int = 500
@@ -116,11 +122,14 @@ class InitConfig:
     text: str | None = None
     """For ``text``: the words; repeated or cut to the prompt's length."""
     labels: tuple[str, ...] = ()
-    """For ``labels``: the class words; the rest of the prompt is filled as by ``vocabulary``."""
+    """For ``labels``: the class words, empty for the task's own; the rest of the prompt is filled as by ``vocabulary``,
+    words for which there is no room are left out."""
     prompt: str | None = None
     """For ``prompt``: directory of a saved prompt."""
     scale: float = 0.5
-    """For ``uniform``: the range is [-scale, scale]."""
+    """For ``uniform``: the range is [-scale, scale) (prompt-tuning paper: 0.5)."""
+    low: float | None = None
+    """For ``uniform``: the lower end of the range instead of -scale (official code of prompt tuning: 0)."""
     population: int = 5000
     """For ``vocabulary``: how many of the most common tokens are sampled from."""
 
@@ -144,6 +153,9 @@ class PromptConfig:
 
 
 @dataclass(frozen=True)
+    frozen_tokens: int = 0
+    """So many positions from the first on stay as they started, and are not trained: 1 keeps the keys and values of the
+    initial text's first token, on which much of a model's attention rests (Eyuboglu et al. 2025)."""
 class OptimizerConfig:
     """The optimizer of the prompt's parameters."""
 
@@ -160,8 +172,13 @@ class OptimizerConfig:
     momentum: float = 0.0
     """SGD."""
 
+    earlier_steps: int = 0
+    """Adafactor: updates that count as made before the first one. The official code of prompt tuning goes on counting
+    from its checkpoint, 1,100,000, and so hardly lets the second moment decay."""
 
 @dataclass(frozen=True)
+    z_loss: float = 0.0
+    """Minimize also this times the square of the logits' log-sum-exp (official code of prompt tuning: 1e-4)."""
 class ScheduleConfig:
     """The learning rate over the steps."""
 
@@ -243,6 +260,8 @@ class TrainRecipe:
     method: Literal["prompt", "fine_tuning"] = "prompt"
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    preset: Literal["prompt_tuning_paper", "prefix_tuning_paper", "recommended"] | None = None
+    """A named set of values that hold where the recipe gives none, see [presets](presets.md)."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

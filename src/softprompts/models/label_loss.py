@@ -16,10 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["CHUNK_LOGITS", "chunked_cross_entropy"]
+__all__ = ["CHUNK_LOGITS", "chunked_cross_entropy", "token_losses"]
 
 CHUNK_LOGITS = 2**23
 """Logits of one chunk: 32 MiB in float32."""
+
+
+def token_losses(logits_MV: Tensor, labels_M: Tensor, z_loss: float = 0.0) -> Tensor:
+    """Cross-entropy of every position, ``[M]``, plus ``z_loss`` times the square of the logits' log-sum-exp.
+
+    The second term keeps the logits from drifting (T5X's ``z_loss``; the prompt-tuning code has 1e-4).
+    """
+    losses_M = functional.cross_entropy(logits_MV, labels_M, reduction="none")
+    return losses_M + z_loss * logits_MV.logsumexp(dim=-1).square() if z_loss else losses_M
 
 
 def chunked_cross_entropy(
@@ -29,6 +38,7 @@ def chunked_cross_entropy(
     *,
     vocab_size: int,
     chunk_logits: int = CHUNK_LOGITS,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of every position; gradients flow into ``hidden_MD`` only.
 
@@ -38,6 +48,7 @@ def chunked_cross_entropy(
         labels_M: Token ids.
         vocab_size: V, to choose the size of a chunk.
         chunk_logits: Most logits in memory at a time.
+        z_loss: See :func:`token_losses`.
 
     Returns:
         Losses ``[M]`` in float32.
@@ -45,21 +56,23 @@ def chunked_cross_entropy(
     rows = max(1, chunk_logits // max(vocab_size, 1))
     if not (torch.is_grad_enabled() and hidden_MD.requires_grad):
         parts = zip(hidden_MD.split(rows), labels_M.split(rows), strict=True)
-        return torch.cat([functional.cross_entropy(head(part), target, reduction="none") for part, target in parts])
-    return cast(Tensor, _ChunkedCrossEntropy.apply(head, rows, hidden_MD, labels_M))  # type: ignore[no-untyped-call]
+        return torch.cat([token_losses(head(part), target, z_loss) for part, target in parts])
+    return cast(Tensor, _ChunkedCrossEntropy.apply(head, rows, z_loss, hidden_MD, labels_M))  # type: ignore[no-untyped-call]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """See :func:`chunked_cross_entropy`."""
 
     @staticmethod
-    def forward(ctx: Any, head: Callable[[Tensor], Tensor], rows: int, hidden_MD: Tensor, labels_M: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, head: Callable[[Tensor], Tensor], rows: int, z_loss: float, hidden_MD: Tensor, labels_M: Tensor
+    ) -> Tensor:
         """Return the losses and keep d loss / d hidden."""
         losses, gradients = [], []
         for part, target in zip(hidden_MD.split(rows), labels_M.split(rows), strict=True):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
-                loss = functional.cross_entropy(head(leaf), target, reduction="none")
+                loss = token_losses(head(leaf), target, z_loss)
                 # A position's loss depends on no other position, so the gradient of the sum holds that of each.
                 (gradient,) = torch.autograd.grad(loss.sum(), leaf)
             losses.append(loss.detach())
@@ -71,4 +84,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         """Scale every position's gradient."""
         (gradient_MD,) = ctx.saved_tensors
-        return None, None, (gradient_MD * gradients[0][:, None]).to(gradient_MD.dtype), None
+        return None, None, None, (gradient_MD * gradients[0][:, None]).to(gradient_MD.dtype), None

@@ -6,6 +6,7 @@ values that these embeddings evoke in the frozen model (Li & Liang 2021, section
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 
 import torch
@@ -16,7 +17,7 @@ from softprompts.errors import ConfigError, LengthError
 from softprompts.prompts.base import SoftPrompt
 from softprompts.prompts.embedding import EmbeddingPrompt
 from softprompts.prompts.prefix import PrefixPrompt, choose_layers, flatten_states, site_widths
-from softprompts.prompts.reparam import Direct, build_parametrization
+from softprompts.prompts.reparam import Direct, FirstRowsKept, build_parametrization
 from softprompts.registry import Registry
 from softprompts.types import Geometry, LayerKey, TextEmbedder
 
@@ -29,6 +30,8 @@ __all__ = [
     "prompt_from_table",
     "prompt_length",
 ]
+
+_log = logging.getLogger(__name__)
 
 KINDS: dict[str, type[SoftPrompt]] = {"embedding": EmbeddingPrompt, "prefix": PrefixPrompt}
 """Kinds of prompt by the name that recipes and artifacts use."""
@@ -51,15 +54,22 @@ def _vocabulary(config: InitConfig, length: int, frozen: TextEmbedder, generator
 
 @INITIALIZERS.register("labels")
 def _labels(config: InitConfig, length: int, frozen: TextEmbedder, generator: torch.Generator) -> Tensor:
-    """Mean of the sub-word embeddings of each class word; what is left over comes from the vocabulary."""
+    """Mean of the sub-word embeddings of each class word; what is left over comes from the vocabulary.
+
+    As ``from_embedded_list`` of the official code: words for which there is no room are left out.
+    """
     if not config.labels:
-        raise ConfigError("initializer 'labels' needs initializer.labels, the list of class words")
+        raise ConfigError(
+            "initializer 'labels' needs initializer.labels, the list of class words: the task has none of its own"
+        )
     if len(config.labels) > length:
-        raise LengthError(
-            f"{len(config.labels)} class words do not fit into a prompt of length {length}; raise prompt.length"
+        dropped = ", ".join(config.labels[length:])
+        _log.warning(
+            "initializer 'labels': a prompt of length %d has no room for all %d class words; left out: %s",
+            *(length, len(config.labels), dropped),
         )
     embeddings_PD = _vocabulary(config, length, frozen, generator)
-    for position, label in enumerate(config.labels):
+    for position, label in enumerate(config.labels[:length]):
         embeddings_PD[position] = frozen.embed(frozen.tokenize_words(label)).mean(dim=0)
     return embeddings_PD
 
@@ -122,12 +132,18 @@ def initial_table(
 
     Raises:
         ConfigError: The initializer lacks something, or the source is of another kind or on other layers.
-        LengthError: Labels or source do not fit the length.
+        LengthError: The source does not fit the length.
     """
     geometry = frozen.geometry
     row_width = KINDS[kind].row_width(geometry, layers)
     if config.name == "uniform":
-        return (torch.rand(length, row_width, generator=generator) * 2 - 1) * config.scale
+        low = -config.scale if config.low is None else config.low
+        if low >= config.scale:
+            raise ConfigError(
+                f"initializer 'uniform' draws from initializer.low {low} to initializer.scale {config.scale}; expected "
+                "the first to be below the second"
+            )
+        return torch.rand(length, row_width, generator=generator) * (config.scale - low) + low
     if config.name == "prompt":
         return _from_source(kind, length, frozen, source, layers)
     embeddings_PD = INITIALIZERS.get(config.name)(config, length, frozen, generator)
@@ -183,16 +199,51 @@ def build_prompt(
         frozen: The model that it is for.
         seed: Fixes the initializer and the reparametrization; nothing else of the program's random state is touched.
         source: For the initializer ``prompt``: the prompt to start from.
+
+    Raises:
+        ConfigError: What the recipe says about the prompt does not fit together.
+        LengthError: The length does not fit the model or the source.
     """
     length, geometry = prompt_length(config, frozen), frozen.geometry
     layers = _chosen_layers(config, geometry)
     generator = torch.Generator().manual_seed(seed)
+    kept = _kept_rows(config, length)
+    _check_exact_start(config)
     start_PW = initial_table(config.kind, config.initializer, length, frozen, generator, source, layers)
     parts = site_widths(geometry, layers) if config.kind == "prefix" else ()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parametrization = build_parametrization(config.reparametrization, start_PW, geometry.width, parts)
+        parametrization = build_parametrization(config.reparametrization, start_PW[kept:], geometry.width, parts)
+    if kept:
+        parametrization = FirstRowsKept(start_PW[:kept], parametrization)
     return KINDS[config.kind](geometry, parametrization, length, layers, config.placement)
+
+
+def _check_exact_start(config: PromptConfig) -> None:
+    """Refuse to start from a saved prompt in a way that would not start there."""
+    way = config.reparametrization
+    exact = way.name in ("none", "residual") or (way.name == "mlp" and way.start == "closed_form")
+    if config.initializer.name == "prompt" and not exact:
+        how = f"{way.name} with start {way.start}" if way.name == "mlp" else way.name
+        raise ConfigError(
+            f"initializer 'prompt' starts from a saved prompt, and reparametrization '{how}' would start elsewhere; "
+            "set prompt.reparametrization.name to none or residual, or mlp with start closed_form"
+        )
+
+
+def _kept_rows(config: PromptConfig, length: int) -> int:
+    """Check what a recipe says about rows that are not trained."""
+    if not 0 <= config.frozen_tokens < length:
+        raise ConfigError(
+            f"prompt.frozen_tokens is {config.frozen_tokens} of a prompt of length {length}; expected at least 0, and "
+            "one position or more that is trained"
+        )
+    if config.frozen_tokens and config.initializer.name == "uniform":
+        raise ConfigError(
+            "prompt.frozen_tokens keeps the first positions as they start, but initializer 'uniform' starts them at "
+            "random numbers; start from words (text, vocabulary, labels) or set prompt.frozen_tokens=0"
+        )
+    return config.frozen_tokens
 
 
 def _chosen_layers(config: PromptConfig, geometry: Geometry) -> tuple[LayerKey, ...] | None:

@@ -3,6 +3,9 @@
 ``none`` trains the table itself. ``mlp`` is the paper's: index embedding -> Linear -> tanh -> Linear (Li & Liang 2021,
 section 4.3; hidden size 512 for table-to-text, 800 for summarization). ``residual`` adds such an MLP, with an output
 layer that starts at zero, to a trained start table: step 0 is exactly the initializer's prompt, for any length.
+``residual_prompt`` is residual prompt tuning (Razdaibiedina et al. 2023), of embedding prompts: each row of a trained
+table plus LayerNorm(up(ReLU(down(row)))). Its MLP reads the prompt itself, not an index, and its start is not that of
+the initializer: the normalized output has a root mean square of 1 from the first step on.
 
 The papers leave open how an ``mlp`` prefix starts from real activations. Two ways: ``closed_form`` solves the last
 layer by least squares (exact while P <= hidden size), ``regression`` is the original code's (500 Adam steps on the
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from softprompts.config import ReparamConfig
 from softprompts.errors import ConfigError
 
-__all__ = ["Direct", "Mlp", "Residual", "SideBySide", "build_parametrization"]
+__all__ = ["Direct", "FirstRowsKept", "Mlp", "Residual", "ResidualPrompt", "SideBySide", "build_parametrization"]
 
 
 class Direct(nn.Module):
@@ -122,6 +125,55 @@ class Residual(nn.Module):
         return table_PW
 
 
+class ResidualPrompt(nn.Module):
+    """Residual prompt tuning: ``P + LayerNorm(up(ReLU(down(P))))``, row by row (Razdaibiedina et al. 2023, section 3).
+
+    Args:
+        start_PD: Initial prompt; trained as well.
+        hidden_size: Units of the bottleneck.
+        shared: One MLP for all rows, or one for each (both in the paper; the shared one is its main setting).
+    """
+
+    def __init__(self, start_PD: Tensor, hidden_size: int, *, shared: bool = True) -> None:
+        super().__init__()
+        width = start_PD.shape[1]
+        self.start_PD = nn.Parameter(start_PD.detach().clone().float())
+        self.mlps = nn.ModuleList(_bottleneck(width, hidden_size) for _ in range(1 if shared else len(start_PD)))
+
+    def forward(self) -> Tensor:
+        """Return the table ``[P, D]``."""
+        if len(self.mlps) == 1:
+            added_PD: Tensor = self.mlps[0](self.start_PD)
+        else:
+            added_PD = torch.stack([mlp(row_D) for mlp, row_D in zip(self.mlps, self.start_PD, strict=True)])
+        return self.start_PD + added_PD
+
+
+def _bottleneck(width: int, hidden_size: int) -> nn.Sequential:
+    down, up = nn.Linear(width, hidden_size), nn.Linear(hidden_size, width)
+    return nn.Sequential(down, nn.ReLU(), up, nn.LayerNorm(width))
+
+
+class FirstRowsKept(nn.Module):
+    """A table whose first rows stay as they are; the rest is another parametrization's.
+
+    Args:
+        kept_FW: The first rows, copied; a buffer, so no optimizer touches them and checkpoints hold them.
+        rest: Yields the other rows.
+    """
+
+    kept_FW: Tensor
+
+    def __init__(self, kept_FW: Tensor, rest: nn.Module) -> None:
+        super().__init__()
+        self.register_buffer("kept_FW", kept_FW.detach().clone().float())
+        self.rest = rest
+
+    def forward(self) -> Tensor:
+        """Return the table ``[P, W]``."""
+        return torch.cat([self.kept_FW, self.rest()], dim=0)
+
+
 class SideBySide(nn.Module):
     """Parametrizations of their own for the parts of one table.
 
@@ -147,8 +199,19 @@ def build_parametrization(config: ReparamConfig, start_PW: Tensor, width: int, p
         config: Which one.
         start_PW: The initializer's table.
         width: D of the model.
-        parts: Widths of the parts of the table that are parametrized apart from each other; empty for one.
+        parts: Widths of the parts of the table that are parametrized apart from each other; empty for one, an embedding
+            prompt.
+
+    Raises:
+        ConfigError: This reparametrization is not for this kind of prompt, or cannot start there.
     """
+    if config.name == "residual_prompt":
+        if parts:
+            raise ConfigError(
+                "reparametrization 'residual_prompt' adds to every embedding what an MLP makes of it; it is for "
+                "prompt.kind embedding. For a prefix take 'residual', a trained table plus an MLP that starts at zero"
+            )
+        return ResidualPrompt(start_PW, config.hidden_size, shared=config.shared).to(start_PW.device)
     if len(parts) > 1 and config.name != "none":
         pieces = start_PW.split(list(parts), dim=1)
         return SideBySide([build_parametrization(config, piece, width) for piece in pieces])

@@ -101,6 +101,8 @@ def batch_loss(
     batch: Batch,
     reduction: Literal["token_mean", "sentence_sum"],
     states: Sequence[PromptStates] | None = None,
+    *,
+    z_loss: float = 0.0,
 ) -> StepLoss:
     """Cross-entropy of a batch's labels.
 
@@ -112,12 +114,13 @@ def batch_loss(
         batch: With labels.
         reduction: What the sum is divided by.
         states: Of the prompts, where they were computed before.
+        z_loss: Adds so much of the logits' squared log-sum-exp to the loss of every token (training only).
 
     Raises:
         DataError: The batch has no label to learn.
     """
     tokens = batch.tokens  # before the batch moves: counting on a GPU would wait for it
-    found = prompted.label_losses(batch.to(prompted.frozen.device), states)
+    found = prompted.label_losses(batch.to(prompted.frozen.device), states, z_loss=z_loss)
     if found.labels_M.numel() == 0:
         raise DataError("a training batch has no label: every row needs a target of at least one token")
     total = found.losses_M.sum()
@@ -142,11 +145,19 @@ class PromptObjective:
     Args:
         prompted: Frozen model and its prompts.
         reduction: How token losses become one number; see :func:`batch_loss`.
+        z_loss: Of the training loss; what is measured (:meth:`losses`) is the cross-entropy alone.
     """
 
-    def __init__(self, prompted: PromptedLM, reduction: Literal["token_mean", "sentence_sum"] = "token_mean") -> None:
+    def __init__(
+        self,
+        prompted: PromptedLM,
+        reduction: Literal["token_mean", "sentence_sum"] = "token_mean",
+        *,
+        z_loss: float = 0.0,
+    ) -> None:
         self.prompted = prompted
         self.reduction = reduction
+        self.z_loss = z_loss
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters of all prompts that are not frozen."""
@@ -154,7 +165,7 @@ class PromptObjective:
 
     def loss(self, batch: Batch) -> StepLoss:
         """Loss of one batch, with gradient to the prompts."""
-        return batch_loss(self.prompted, batch, self.reduction)
+        return batch_loss(self.prompted, batch, self.reduction, z_loss=self.z_loss)
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[StepLoss]:
         """Losses of batches between which nothing is trained: the prompts are computed once for all of them."""

@@ -31,7 +31,8 @@ _SQUARE_FLOOR = 1e-30
 class Adafactor(Optimizer):
     """Adafactor as T5X runs it for prompt tuning (Shazeer & Stern 2018; ``t5x/adafactor.py``).
 
-    With ``t`` counting updates from 1, gradient ``G``, parameter ``X``, learning rate ``a`` and weight decay ``w``::
+    With ``t`` counting updates from ``earlier_steps + 1``, gradient ``G``, parameter ``X``, learning rate ``a`` and
+    weight decay ``w``::
 
         b = 1 - t ** -decay_rate
         V = b V + (1 - b) (G^2 + 1e-30)
@@ -48,6 +49,8 @@ class Adafactor(Optimizer):
         clip_threshold: Largest root mean square of an update (1.0 in the paper's code).
         weight_decay: Share of the parameter removed per update (prompt-tuning paper: 1e-5).
         factored: Factor the second moment of parameters with two or more dimensions.
+        earlier_steps: Updates that count as made before the first one; T5X's step of the checkpoint less its
+            ``step_offset``. The second moment of a prompt then starts at zero with a decay near 1.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Adafactor(Optimizer):
         clip_threshold: float = 1.0,
         weight_decay: float = 0.0,
         factored: bool = False,
+        earlier_steps: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -66,6 +70,7 @@ class Adafactor(Optimizer):
             "clip_threshold": clip_threshold,
             "weight_decay": weight_decay,
             "factored": factored,
+            "earlier_steps": earlier_steps,
         }
         super().__init__(params, defaults)
 
@@ -82,7 +87,7 @@ class Adafactor(Optimizer):
     def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         state["step"] = state.get("step", 0) + 1
-        decay = 1.0 - math.pow(state["step"], -group["decay_rate"])
+        decay = 1.0 - math.pow(state["step"] + group["earlier_steps"], -group["decay_rate"])
         squared = grad.square().add_(_SQUARE_FLOOR)
         if group["factored"] and grad.dim() >= 2:
             row = _average(state, "row", squared.mean(dim=-1), decay)
@@ -119,6 +124,10 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
         raise ConfigError(f"optimizer.learning_rate is {config.learning_rate}, expected a number above 0")
     if config.weight_decay < 0:
         raise ConfigError(f"optimizer.weight_decay is {config.weight_decay}, expected 0 or more")
+    if config.z_loss < 0:
+        raise ConfigError(f"optimizer.z_loss is {config.z_loss}, expected 0 or more")
+    if config.earlier_steps < 0:
+        raise ConfigError(f"optimizer.earlier_steps is {config.earlier_steps}, expected 0 or more")
     half = {str(parameter.dtype) for parameter in trained if parameter.dtype in (torch.float16, torch.bfloat16)}
     if half:
         raise ConfigError(
@@ -143,6 +152,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
             decay_rate=config.decay_rate,
             weight_decay=config.weight_decay,
             factored=config.factored,
+            earlier_steps=config.earlier_steps,
         )
     return SGD(trained, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
 

@@ -73,7 +73,8 @@ class SharedPasses:
             numbers = sorted({number for number, _ in parts})
             prompted = self._prompted(numbers)
             batch = joined([part for _, part in parts], [numbers.index(number) for number, _ in parts])
-            found = prompted.label_losses(batch.to(prompted.frozen.device))
+            z_loss = self.objectives[numbers[0]].z_loss
+            found = prompted.label_losses(batch.to(prompted.frozen.device), z_loss=z_loss)
             found.losses_M.sum().backward()
             totals = _sums(found, batch, len(numbers)).tolist()
             for number, total in zip(numbers, totals, strict=True):
@@ -84,10 +85,11 @@ class SharedPasses:
 
     def _passes(self, parts: Sequence[tuple[int, Batch]]) -> Iterator[list[tuple[int, Batch]]]:
         """Fill passes with whole batches: those that run in the same way, batches of similar length together."""
-        ways: dict[tuple[bool, int], list[tuple[int, Batch]]] = {}
+        ways: dict[tuple[bool, int, float], list[tuple[int, Batch]]] = {}
         for part in sorted(parts, key=lambda part: part[1].ids_BT.shape[1]):  # stable: the order is always the same
-            own = self.objectives[part[0]].prompted
-            ways.setdefault((own.packing, id(own.sources)), []).append(part)
+            objective = self.objectives[part[0]]
+            own = objective.prompted
+            ways.setdefault((own.packing, id(own.sources), objective.z_loss), []).append(part)
         for alike in ways.values():
             taken: list[tuple[int, Batch]] = []
             for part in alike:
