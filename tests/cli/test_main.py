@@ -67,13 +67,14 @@ def test_help_answers_in_half_a_second():
     assert statistics.median(seconds) < 0.5, seconds
 
 
-HELP = [["--help"], ["--version"], *([verb.name, "--help"] for verb in cli.VERBS)]
+HELP = [["--help"], ["--version"], *([*verb.name.split(), "--help"] for verb in cli.VERBS)]
 
 
 @pytest.mark.parametrize("arguments", HELP, ids=" ".join)
 def test_help_imports_nothing_heavy(arguments: Sequence[str]):
-    if arguments[0] in {verb.name for verb in cli.VERBS} - registered():
-        pytest.skip(f"{arguments[0]} is not in this build")
+    name = " ".join(word for word in arguments if not word.startswith("-"))
+    if name in {verb.name for verb in cli.VERBS} - registered():
+        pytest.skip(f"{name} is not in this build")
     code = (
         "import sys\nfrom softprompts.cli.main import main\n"
         f"try:\n    main({list(arguments)!r})\nexcept SystemExit as done:\n    assert not done.code, done.code\n"
@@ -85,22 +86,43 @@ def test_help_imports_nothing_heavy(arguments: Sequence[str]):
 
 
 def registered() -> set[str]:
-    """The verbs that the command line offers."""
-    return {command.name or "" for command in cli.build_app().registered_commands}
+    """The verbs that the command line offers; those of a group with its name in front."""
+    app = cli.build_app()
+    names = {command.name or "" for command in app.registered_commands}
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        names |= {f"{group.name} {command.name}" for command in group.typer_instance.registered_commands}
+    return names
 
 
 def test_help_lists_every_verb_with_its_line():
     done = in_new_process("-m", "softprompts", "--help", COLUMNS="120")
+    known = registered()
     for verb in cli.VERBS:
-        assert (f" {verb.name} " in done.stdout) == (verb.name in registered())
-        assert (verb.help in done.stdout) == (verb.name in registered())
+        group, _, _ = verb.name.rpartition(" ")
+        if not group:
+            assert (f" {verb.name} " in done.stdout) == (verb.name in known)
+            assert (verb.help in done.stdout) == (verb.name in known)
+        elif verb.name in known:
+            assert f" {group} " in done.stdout
+
+
+def test_help_of_a_group_lists_its_verbs():
+    known = registered()
+    for group in sorted({verb.name.split()[0] for verb in cli.VERBS if " " in verb.name and verb.name in known}):
+        done = in_new_process("-m", "softprompts", group, "--help", COLUMNS="120")
+        for verb in cli.VERBS:
+            name = verb.name.removeprefix(f"{group} ")
+            if name != verb.name and verb.name in known:
+                assert f" {name} " in done.stdout
+                assert verb.help in done.stdout
 
 
 def test_verbs_have_the_options_of_their_functions():
     for verb in cli.VERBS:
         if verb.name in registered():
             assert callable(cli.verb_function(verb))
-            done = in_new_process("-m", "softprompts", verb.name, "--help")
+            done = in_new_process("-m", "softprompts", *verb.name.split(), "--help")
             assert done.returncode == 0, done.stderr
             assert f"softprompts {verb.name}" in done.stdout
 

@@ -23,6 +23,7 @@ __all__ = [
     "Comparison",
     "compare",
     "compare_rows",
+    "mean_of_rows",
     "rows_of",
     "score",
     "score_all",
@@ -148,6 +149,39 @@ def score_rows(name: str, rows_NS: FloatArray, *, resamples: int = 1000, seed: i
     if not resamples or len(rows_NS) == 1:
         return MetricValue(value, None, name)
     scores = [aggregate(weights_RN @ rows_NS) for weights_RN in _bootstrap(len(rows_NS), resamples, seed)]
+    return MetricValue(value, float(np.concatenate(scores).std(ddof=1)), name)
+
+
+def mean_of_rows(name: str, systems: Sequence[FloatArray], *, resamples: int = 1000, seed: int = 0) -> MetricValue:
+    """Average the scores of several systems on the same records.
+
+    Args:
+        name: A name in :data:`~softprompts.evaluation.scorers.base.METRICS`.
+        systems: Sufficient statistics of each, as :func:`rows_of` gives them.
+        resamples: Bootstrap resamples of the records; 0 leaves the standard error out.
+        seed: Seed of the resampling.
+
+    Returns:
+        The mean of the systems' scores. Its standard error is that of these systems on other records: a resample has
+        the same records for all of them.
+
+    Raises:
+        ConfigError: There is no such metric, or ``resamples`` is negative or 1.
+        DataError: There are no systems, or their statistics are not of the same records.
+    """
+    _check_resamples(resamples)
+    shapes = {rows_NS.shape for rows_NS in systems}
+    if len(shapes) != 1:
+        raise DataError(f"statistics of shapes {sorted(shapes)} are not of the same records")
+    aggregate, count = METRICS.get(name).aggregate, len(systems[0])
+
+    def mean(weights_RN: FloatArray) -> FloatArray:
+        return np.asarray(np.mean([aggregate(weights_RN @ rows_NS) for rows_NS in systems], axis=0))
+
+    value = float(mean(np.ones((1, count)))[0])
+    if not resamples or count == 1:
+        return MetricValue(value, None, name)
+    scores = [mean(weights_RN) for weights_RN in _bootstrap(count, resamples, seed)]
     return MetricValue(value, float(np.concatenate(scores).std(ddof=1)), name)
 
 

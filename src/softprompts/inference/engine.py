@@ -13,6 +13,7 @@ import torch
 
 from softprompts.config import DecodingConfig
 from softprompts.errors import ConfigError, DataError, LengthError
+from softprompts.inference.averaging import Averaged, check_averaged
 from softprompts.inference.beam import BeamSearch
 from softprompts.inference.sampling import (
     Constraints,
@@ -73,6 +74,7 @@ class Engine:
         states: Sequence[PromptStates] | None = None,
         seed: int = 0,
         banned_ids: Sequence[Sequence[int]] = (),
+        averaged: Sequence[int] = (),
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Generation]:
         """Generate one output per row.
@@ -86,22 +88,26 @@ class Engine:
             states: What :meth:`fold` returned; computed here, once for all batches, if left out.
             seed: For sampling.
             banned_ids: Id sequences that are banned beside ``decoding.banned``.
+            averaged: Indices of prompts that answer every row together, whatever prompt it names: each step takes the
+                mean of their next-token distributions, in one forward pass. ``decoding.batch_size`` counts the rows of
+                that pass, one per prompt and request.
             on_progress: Called with the number of outputs that just became ready.
 
         Returns:
             Generations, in the order of ``rows``.
 
         Raises:
-            ConfigError: The decoding options make no sense, or a row names a prompt that does not exist.
+            ConfigError: The decoding options make no sense, a row names a prompt that does not exist, or a beam search
+                is to average.
             DataError: A row carries an infix and has no place for it.
             LengthError: A row is empty, or too long with its prompt and ``max_new_tokens``. Nothing has run then.
         """
-        self.check(rows, decoding)
+        self.check(rows, decoding, averaged=averaged)
         banned = [*banned_sequences(decoding.banned, self.frozen.tokenize), *map(tuple, banned_ids)]
         states = self.fold() if states is None else states
         generations: dict[int, Generation] = {}
-        for batch in _schedule(rows, decoding.batch_size):
-            for index, hypothesis in self._run(rows, batch, decoding, states, seed=seed, banned=banned):
+        for batch in _schedule(rows, max(1, decoding.batch_size // max(1, len(averaged)))):
+            for index, hypothesis in self._run(rows, batch, decoding, states, averaged, seed=seed, banned=banned):
                 generations[index] = self._finish(hypothesis)
                 if on_progress is not None:
                     on_progress(1)
@@ -113,15 +119,19 @@ class Engine:
         requests: list[int],
         decoding: DecodingConfig,
         states: Sequence[PromptStates],
+        averaged: Sequence[int],
         *,
         seed: int,
         banned: Sequence[Sequence[int]],
     ) -> Iterator[tuple[int, Hypothesis]]:
         """Decode one batch, yielding every request as soon as it is done; the batch shrinks as they leave."""
         inputs = [_without_target(rows[request]) for request in requests]
+        if averaged:
+            inputs = [replace(row, prompt=prompt) for row in inputs for prompt in averaged]
         batch = collate(inputs, pad_id=self.frozen.pad_id, padding_side="left", with_labels=False)
         device = self.frozen.device
         search = self._search(requests, decoding, seed, device)
+        search = Averaged(search, len(averaged)) if averaged else search
         logits_RV, state = self.prompted.start(batch.to(device), states, width=search.width)
         constraints = Constraints(
             # bans look back over the text that is continued; a decoder of its own begins a new one
@@ -161,9 +171,12 @@ class Engine:
         assert isinstance(text, str)  # a list of lists would give a list of texts
         return Generation(hypothesis.ids, text, hypothesis.logprob, hypothesis.finished)
 
-    def check(self, rows: Sequence[Encoded], decoding: DecodingConfig) -> None:
+    def check(self, rows: Sequence[Encoded], decoding: DecodingConfig, *, averaged: Sequence[int] = ()) -> None:
         """Refuse what :meth:`generate` would refuse, without running anything; raises the same errors."""
         check_decoding(decoding)
+        if averaged:
+            check_averaged(decoding)
+            rows = [replace(row, prompt=prompt) for prompt in averaged for row in rows]
         lengths = [cast(SoftPrompt, prompt).length for prompt in self.prompted.prompts]
         limit = self.frozen.geometry.max_positions
         for index, row in enumerate(rows):
