@@ -11,13 +11,19 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from softprompts.cli.loading import encode_rows, ranking_of
+from softprompts.config import DecodingConfig, TaskConfig
 from softprompts.errors import CheckpointError, ConfigError, DataNotFoundError, TrainingInterrupted
+from softprompts.inference import Engine
 from softprompts.models import FrozenLM
 from softprompts.models.seq2seq_check import verify_seq2seq
 from softprompts.pretraining.pretrain import Run, pretrain
 from softprompts.pretraining.recipe import LMConfig, ObjectiveConfig, PretrainRecipe
 from softprompts.pretraining.tokens import prepare_tokens
 from softprompts.pretraining.trainer import PairRows
+from softprompts.prompted import PromptedLM
+from softprompts.tasks import get_task
+from softprompts.types import Example
 from tiny_pretraining import make_recipe
 
 ROW = 4 * 32
@@ -197,3 +203,33 @@ def test_runs_share_the_tokens_in_the_cache(recipe: PretrainRecipe, tmp_path: Pa
         first.files.folder == second.files.folder == tmp_path / "cache" / "tokens" / first.files.summary["fingerprint"]
     )
     assert not (tmp_path / "sc" / "tokens").exists()
+
+
+def test_a_sentinel_stands_before_every_target_and_in_no_text(recipe: PretrainRecipe) -> None:
+    frozen = FrozenLM.load(pretrain(with_training(recipe, total_tokens=ROW), report=quiet).folder)
+    config = TaskConfig(name="superglue_rte", target_prefix="<extra_id_0>")
+    task = get_task(config).configured(config)
+    example = Example("premise: a", "entailment", choices=("entailment", "not_entailment"))
+    (row,) = encode_rows([example], task, frozen, config)
+    (plain,) = encode_rows([example], get_task(TaskConfig(name="superglue_rte")), frozen, TaskConfig())
+    assert row.ids == plain.ids
+    assert row.decoder_ids == (400, *frozen.tokenize(" entailment"), 0)
+    ranking = ranking_of([row], task, frozen, config, "sum")
+    assert ranking is not None
+    assert [choice[0] for choice in ranking.choices[0]] == [400, 400]
+    assert ranking.choices[0][0] == row.decoder_ids
+    # A model that has learned to say the sentinel first: its texts are compared with the bare label.
+    model = AutoModelForSeq2SeqLM.from_pretrained(recipe.output.output_dir + "/final")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    inputs, labels = torch.tensor([row.ids]), torch.tensor([row.decoder_ids])
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(input_ids=inputs, labels=labels).loss.backward()
+        optimizer.step()
+    engine = Engine(PromptedLM(FrozenLM.from_model(model, frozen.tokenizer), []))
+    (asked,) = encode_rows([example], task, frozen, config, prompt=-1, with_target=False)
+    (said,) = engine.generate([asked], DecodingConfig(max_new_tokens=20))
+    assert said.ids == row.decoder_ids[:-1]
+    assert said.text.strip() == "entailment"
+    with pytest.raises(ConfigError, match="is text to the tokenizer"):
+        encode_rows([example], task, frozen, TaskConfig(target_prefix="answer:"))

@@ -102,9 +102,14 @@ def encode_rows(
         config: Lengths.
         prompt: The prompt that the rows carry, -1 for none.
         with_target: False gives the inputs only.
+
+    Raises:
+        ConfigError: ``task.target_prefix`` is text to this model's tokenizer.
     """
     from softprompts.tasks.encode import encode
 
+    if config.target_prefix is not None:
+        _check_special(config.target_prefix, frozen)
     return [
         encode(
             example,
@@ -120,6 +125,18 @@ def encode_rows(
         )
         for example in examples
     ]
+
+
+def _check_special(prefix: str, frozen: FrozenLM) -> None:
+    """Refuse a prefix of targets that a generated text would show."""
+    from softprompts.errors import ConfigError
+
+    shown = str(frozen.tokenizer.decode(frozen.tokenize(prefix), skip_special_tokens=True)).strip()
+    if shown:
+        raise ConfigError(
+            f"task.target_prefix '{prefix}' is text to the tokenizer of '{frozen.name}' (it shows '{shown}'), expected "
+            "special tokens of its own, such as the sentinel <extra_id_0> of T5; leave it out for this model"
+        )
 
 
 def ranking_of(

@@ -22,7 +22,7 @@ def pretrain(
     ] = False,
     json: JsonOption = None,
 ) -> None:
-    """Train a tokenizer and a small Llama-type language model from text files.
+    """Train a tokenizer and a small language model, Llama-type or T5-type, from text files.
 
     Stop with Ctrl-C at any time: the state is saved, and the same command with --resume goes on exactly. While
     resuming, training.total_tokens may be raised or lowered; the learning rate then decays towards the new end.

@@ -86,6 +86,9 @@ class TaskConfig:
     """Template for the target, ``"{label}"``; only for the task ``records``."""
     separator: str | None = None
     """Text between input and target, ``eos`` for the end-of-sequence token; ``None`` takes the task's own."""
+    target_prefix: str | None = None
+    """Special tokens in front of every target, such as ``<extra_id_0>``: a span-corrupted T5 begins so whatever it says.
+    Generated texts do not show them."""
     max_length: int = 512
     """Longest row in tokens, prompt not counted."""
     on_long: Literal["error", "truncate"] = "error"

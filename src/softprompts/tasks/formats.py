@@ -80,6 +80,10 @@ class TextFormat:
         separator, lead = _separator_and_lead(separator)
         return replace(self, separator=separator, target_lead=lead)
 
+    def with_target_prefix(self, prefix: str) -> TextFormat:
+        """Return this format with a mark, such as a sentinel of T5, and a space in front of every target."""
+        return replace(self, target_lead=f"{prefix} ")
+
 
 def parse_separator(text: str) -> str:
     r"""Read a separator as a user writes it: ``eos`` is the end token, ``\n`` and ``\t`` are what they look like."""

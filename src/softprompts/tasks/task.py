@@ -119,7 +119,7 @@ class Task:
         return self.choices or self.prompt_words
 
     def configured(self, config: TaskConfig) -> Task:
-        """Return the task as a recipe wants it: its sources, templates and separator. Doing it twice changes nothing.
+        """Return the task as a recipe wants it: its sources, templates and marks. Doing it twice changes nothing.
 
         Raises:
             ConfigError: The recipe sets a template for a task that has its own format.
@@ -135,6 +135,10 @@ class Task:
             if not isinstance(task.format, TextFormat):
                 raise ConfigError(f"task '{self.name}' has a fixed separator; leave task.separator out")
             task = replace(task, format=task.format.with_separator(parse_separator(config.separator)))
+        if config.target_prefix is not None:
+            if not isinstance(task.format, TextFormat):
+                raise ConfigError(f"task '{self.name}' has a fixed layout; leave task.target_prefix out")
+            task = replace(task, format=task.format.with_target_prefix(config.target_prefix))
         own = {"train": config.train, "dev": config.dev, "test": config.test}
         given = {split: place for split, place in own.items() if place is not None}
         return replace(task, source=replace(task.source, packaged={**task.source.packaged, **given})) if given else task
