@@ -107,6 +107,16 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
+def switches(model: PreTrainedModel) -> list[object]:
+    """What a model must be left with as it was: modules, modes, dropouts, gradients, hooks, configs."""
+    modules = [sorted(vars(module)) for module in model.modules()]
+    modes = [(module.training, getattr(module, "p", None)) for module in model.modules()]
+    dropouts = [getattr(module, "attention_dropout", None) for module in model.modules()]
+    required = [parameter.requires_grad for parameter in model.parameters()]
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    return [modules, modes, dropouts, required, hooks, model.config.to_dict(), model.generation_config.to_dict()]
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """The byte-level tokenizer."""

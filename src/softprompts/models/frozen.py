@@ -15,12 +15,12 @@ from softprompts.errors import ConfigError, UnsupportedModelError, nearest
 from softprompts.models.attention import IMPLEMENTATION, Steering, register_attention
 from softprompts.models.causal import CausalModel
 from softprompts.models.causal_check import packs_exactly, verify_causal
-from softprompts.models.dropout import switch_dropout_off
 from softprompts.models.encoder_decoder import EncoderDecoder
 from softprompts.models.identity import model_fingerprint, tokenizer_fingerprint
 from softprompts.models.loading import load_pretrained
 from softprompts.models.packing import Packing
 from softprompts.models.quantization import original_of
+from softprompts.models.recompute import keep_activations, recompute_activations
 from softprompts.models.seq2seq_check import verify_seq2seq
 from softprompts.models.words import common_ids, marks_around_text
 from softprompts.types import LayerKey, PromptStates
@@ -150,22 +150,22 @@ class FrozenLM:
         to zero first. The results stay those of eval mode.
 
         Raises:
-            UnsupportedModelError: Prompts reach this model through its cache, which recomputing would have to drop.
+            UnsupportedModelError: Prompts reach this model through its cache, which recomputing would have to drop, or
+                it computes something else in training mode.
         """
         if self.causal is not None and not self.causal.probed.through_attention and self.geometry.sites:
             raise UnsupportedModelError(
                 f"gradient checkpointing drops the cache, and prompts reach '{self.geometry.family}' through it; "
                 "train it without gradient checkpointing, with a smaller batch"
             )
-        switch_dropout_off(self.model)
-        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(self.model, min(self.geometry.vocab_size, len(self.tokenizer)))
         self._checkpointing = True
         if self.pair is not None:
             self.pair.checkpointing = True
 
     def disable_gradient_checkpointing(self) -> None:
         """Keep activations again. Dropout stays off, as ever."""
-        self.model.activation_checkpointing_disable()
+        keep_activations(self.model)
         self._checkpointing = False
         if self.pair is not None:
             self.pair.checkpointing = False

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softprompts.config import PromptConfig
 from softprompts.integrations.huggingface.causal import PromptedForCausalLM
 from softprompts.integrations.huggingface.model import PromptModel
+from softprompts.integrations.huggingface.seq2seq import PromptedForSeq2SeqLM
 from softprompts.models import FrozenLM
 from softprompts.prompts import SoftPrompt
 
@@ -21,7 +22,7 @@ def attach(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
-) -> PromptedForCausalLM:
+) -> PromptedForCausalLM | PromptedForSeq2SeqLM:
     """Put a prompt on a model, for the training loops and the ``generate`` of transformers.
 
     Args:
@@ -32,13 +33,18 @@ def attach(
         seed: For a prompt that is made here.
 
     Returns:
-        A model whose only parameters are the prompt's.
+        A model whose only parameters are the prompt's: a :class:`PromptedForCausalLM`, or a
+        :class:`PromptedForSeq2SeqLM` for an encoder-decoder (T5, BART).
 
     Raises:
         ConfigError: The tokenizer is missing, or the model carries a prompt already.
         PromptMismatchError: The prompt was made for another model.
-        UnsupportedModelError: The model cannot be steered correctly, or is an encoder-decoder, or the prompt an infix.
+        UnsupportedModelError: The model cannot be steered correctly or only through its cache, or the prompt is an
+            infix.
     """
+    base = model.model if isinstance(model, FrozenLM) else model
+    if base.config.is_encoder_decoder:
+        return PromptedForSeq2SeqLM.attached(model, prompt, tokenizer=tokenizer, seed=seed)
     return PromptedForCausalLM.attached(model, prompt, tokenizer=tokenizer, seed=seed)
 
 

@@ -7,35 +7,24 @@ Shape letters: B batch, T text tokens of this forward, P prompt length, V vocabu
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin
+from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from softprompts.errors import ConfigError
-from softprompts.integrations.huggingface.model import PromptModel
-from softprompts.models.attention import Steering
+from softprompts.integrations.huggingface.generation import GeneratingPromptModel, refuse_inner_outputs
 from softprompts.models.inputs import check_length
-from softprompts.models.snapshot import ModelSnapshot
-from softprompts.prompted import PromptedLM
 from softprompts.types import PromptStates
 
 __all__ = ["PromptedForCausalLM"]
 
 
-class PromptedForCausalLM(PromptModel, GenerationMixin):
+class PromptedForCausalLM(GeneratingPromptModel):
     """A frozen causal language model with a prompt; made by :func:`softprompts.attach`."""
-
-    def __init__(self, prompted: PromptedLM, before: ModelSnapshot) -> None:
-        super().__init__(prompted, before)
-        self._is_stateful = prompted.frozen.model._is_stateful
-        self._disabled = False
-
-    # -- forward -----------------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -106,7 +95,7 @@ class PromptedForCausalLM(PromptModel, GenerationMixin):
         Returns:
             Last hidden states ``[B, T, D]`` and the cache.
         """
-        _refuse_inner_outputs(kwargs)
+        refuse_inner_outputs(kwargs)
         text = input_ids if inputs_embeds is None else inputs_embeds
         if text is None:
             raise ConfigError("neither input_ids nor inputs_embeds are given; give one of them")
@@ -116,7 +105,7 @@ class PromptedForCausalLM(PromptModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         states = self.states() if prompt_states is None else prompt_states
         hidden_BTD = self.frozen.hidden_states(
-            steering=self._steering(states),
+            steering=self.steering(states),
             attention_mask=attention_mask,
             position_ids=self._positions(text, attention_mask, position_ids, past_key_values),
             past_key_values=past_key_values,
@@ -132,19 +121,6 @@ class PromptedForCausalLM(PromptModel, GenerationMixin):
     def base_model(self) -> nn.Module:
         """The model without its head, behind the prompt: for losses that compute the logits themselves (TRL)."""
         return _Body(self) if self._steers else self.frozen.model.base_model
-
-    @property
-    def _steers(self) -> bool:
-        return self._attached and not self._disabled
-
-    def states(self) -> PromptStates:
-        """Compute the prompt's keys and values, with gradient."""
-        return self.prompted.states()[0]
-
-    def _steering(self, states: PromptStates) -> Steering:
-        # all rows carry the one prompt: nothing here depends on values, so that torch.compile sees one graph
-        keys_values = {layer: (keys[None], values[None]) for layer, (keys, values) in states.keys_values.items()}
-        return Steering(self.frozen.layer_of, keys_values)
 
     def _positions(
         self,
@@ -169,42 +145,6 @@ class PromptedForCausalLM(PromptModel, GenerationMixin):
         past = 0 if cache is None else cache.get_seq_length()
         return torch.arange(T, device=text.device)[None] + past + length
 
-    @contextlib.contextmanager
-    def disable(self) -> Iterator[None]:
-        """Leave the prompt out: inside, this is the base model.
-
-        Bit for bit so where the base was loaded with ``sdpa`` attention, the default; otherwise up to rounding.
-        """
-        before, self._disabled = self._disabled, True
-        try:
-            yield
-        finally:
-            self._disabled = before
-
-    # -- generate ----------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as transformers does, behind the prompt, which is computed once."""
-        if self._steers:
-            kwargs["prompt_states"] = self.states()
-        return GenerationMixin.generate(self, *args, **kwargs)  # type: ignore[arg-type]
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As the frozen model does it; what it does not know of is handed through."""
-        base: Any = self.frozen.model
-        inputs: dict[str, Any] = base.prepare_inputs_for_generation(*args, **kwargs)
-        return inputs
-
-    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        base: Any = self.frozen.model
-        updated: dict[str, Any] = base._update_model_kwargs_for_generation(*args, **kwargs)
-        return updated
-
-    def _supports_default_dynamic_cache(self) -> bool:  # type: ignore[override]
-        base: Any = self.frozen.model
-        return bool(base._supports_default_dynamic_cache())
-
 
 class _Body(nn.Module):
     """A model without its head, as seen from outside; the model itself is no part of it."""
@@ -215,10 +155,3 @@ class _Body(nn.Module):
 
     def forward(self, input_ids: Tensor | None = None, **inputs: Any) -> BaseModelOutputWithPast:
         return self._whole[0].run_body(input_ids=input_ids, **inputs)
-
-
-def _refuse_inner_outputs(kwargs: dict[str, Any]) -> None:
-    for name in ("output_attentions", "output_hidden_states"):
-        if kwargs.pop(name, None):
-            raise ConfigError(f"{name} is not offered with a prompt attached; leave it out, or use `disable()`")
-    kwargs.pop("return_dict", None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors.torch import save as save_tensors
@@ -43,6 +43,8 @@ class PromptModel(PreTrainedModel):
     """
 
     supports_gradient_checkpointing = True
+    reads_pairs: ClassVar[bool] = False
+    """Whether models of this class are encoder-decoders."""
 
     def __init__(self, prompted: PromptedLM, before: ModelSnapshot) -> None:
         base = prompted.frozen.model
@@ -240,11 +242,32 @@ class PromptModel(PreTrainedModel):
                 prompt = build_prompt(prompt, frozen, seed=seed)
             elif not isinstance(prompt, SoftPrompt):
                 prompt = load_prompt(prompt, frozen).prompt
-            _check_reachable(frozen, prompt)
+            cls._check_reachable(frozen, prompt)
             return cls(PromptedLM(frozen, [prompt]), before)
         except BaseException:
             before.restore(plain)
             raise
+
+    @classmethod
+    def _check_reachable(cls, frozen: FrozenLM, prompt: SoftPrompt) -> None:
+        """Refuse what takes more than keys and values in front of a text's attention, or an input of an encoder."""
+        family = frozen.geometry.family
+        if (frozen.pair is not None) != cls.reads_pairs:
+            kind = "an encoder-decoder" if frozen.pair is not None else "decoder-only"
+            raise UnsupportedModelError(
+                f"'{family}' is {kind}, which is not what {cls.__name__} is for; use softprompts.attach(), which takes "
+                "the class that fits"
+            )
+        if frozen.causal is not None and not frozen.causal.through_attention:
+            raise UnsupportedModelError(
+                f"in '{family}' a prompt occupies columns of its cache or its input, which transformers' loops would "
+                "count as text; train and use its prompts with softprompts itself"
+            )
+        if frozen.causal is not None and prompt.is_infix:
+            raise UnsupportedModelError(
+                "an infix has to know where a row's input ends, which the loops of transformers do not tell; train and "
+                "use it with softprompts itself"
+            )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -273,26 +296,6 @@ class PromptModel(PreTrainedModel):
                 self.frozen.disable_gradient_checkpointing()
             self._before.restore(self.frozen.model)
         return self.frozen.model
-
-
-def _check_reachable(frozen: FrozenLM, prompt: SoftPrompt) -> None:
-    """Refuse what takes more than keys and values in front of a text's attention."""
-    family = frozen.geometry.family
-    if frozen.causal is None:
-        raise UnsupportedModelError(
-            f"'{family}' is an encoder-decoder, and attach() takes decoder-only models; train its prompts with "
-            "softprompts itself"
-        )
-    if not frozen.causal.through_attention:
-        raise UnsupportedModelError(
-            f"in '{family}' a prompt occupies columns of its cache or its input, which transformers' loops would count "
-            "as text; train and use its prompts with softprompts itself"
-        )
-    if prompt.is_infix:
-        raise UnsupportedModelError(
-            "an infix has to know where a row's input ends, which the loops of transformers do not tell; train and use "
-            "it with softprompts itself"
-        )
 
 
 def _frozen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, before: ModelSnapshot) -> FrozenLM:
