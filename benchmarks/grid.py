@@ -2,8 +2,8 @@
 
 A grid is a YAML file: a title, the seeds, what is evaluated, and rows of (name, recipe, overrides). Every cell (row and
 seed) is one `softprompts train` and one `softprompts evaluate`, and one JSON file below `--work`; a killed grid goes on
-where it was. The result is a JSON file with every number of every seed and a Markdown table with means and standard
-errors over the seeds.
+where it was. A row may have an `evaluate` of its own, and with `together: true` its seeds are trained in one pass. The
+result is a JSON file with every number of every seed and a Markdown table with means and standard errors over them.
 """
 
 from __future__ import annotations
@@ -43,32 +43,58 @@ def commit() -> str:
     return subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def cell(row: dict[str, Any], seed: int, grid: dict[str, Any], work: Path, threads: int) -> dict[str, Any]:
-    """Train and evaluate one cell, or read what an earlier run left of it."""
-    place = work / f"{row['name'].replace(' ', '_').replace('=', '')}-seed{seed}"
-    result = place / "cell.json"
-    if result.exists():
-        return json.loads(result.read_text())
-    place.mkdir(parents=True, exist_ok=True)
-    log, trained = place / "log.txt", {}
-    evaluated: list[str] = ["--model", "bundled"]
-    if "recipe" in row:
-        overrides = [*grid.get("set", []), *row.get("set", []), f"training.seed={seed}"]
-        options = [word for item in overrides for word in ("--set", item)]
-        resume = ["--resume"] if (place / "run" / "last.pt").exists() else []
-        train = ["train", row["recipe"], *options, "--output", str(place / "run"), "--json", str(place / "train.json")]
-        run([*train, *resume], log, threads)
-        trained = json.loads((place / "train.json").read_text())
-        tuned = trained["method"] == "fine_tuning"
-        evaluated = ["--model", trained["saved"]] if tuned else ["--prompt", trained["saved"]]
-    judged = place / "evaluate.json"
-    options = [word for item in grid["evaluate"].get("set", []) for word in ("--set", item)]
-    task = ["--task", grid["evaluate"]["task"], "--split", grid["evaluate"]["split"]]
-    run(["evaluate", *evaluated, *task, *options, "--json", str(judged), "--output", str(place)], log, threads)
-    found = {"name": row["name"], "seed": seed, "commit": commit(), "train": trained}
-    found["evaluate"] = json.loads(judged.read_text())
-    result.write_text(json.dumps(found))
-    return found
+def folder(row: dict[str, Any], seed: int, work: Path) -> Path:
+    """Where a cell keeps its files."""
+    name = row["name"].replace(" ", "_").replace("=", "").replace(",", "").replace("/", "-")
+    return work / f"{name}-seed{seed}"
+
+
+def trained(row: dict[str, Any], seeds: list[int], grid: dict[str, Any], work: Path, threads: int) -> list[dict]:
+    """Train a row with some seeds, in one pass if there are several; what the verb says of each."""
+    if "recipe" not in row:
+        return [{} for _ in seeds]
+    place = folder(row, seeds[0], work)
+    overrides = [*grid.get("set", []), *row.get("set", [])]
+    overrides += [] if len(seeds) > 1 else [f"training.seed={seeds[0]}"]
+    options = [word for item in overrides for word in ("--set", item)]
+    options += ["--seeds", ",".join(map(str, seeds))] if len(seeds) > 1 else []
+    resume = ["--resume"] if list((place / "run").rglob("last.pt")) else []
+    said = place / "train.json"
+    if not said.exists():
+        train = ["train", row["recipe"], *options, "--output", str(place / "run"), "--json", str(said)]
+        run([*train, *resume], place / "log.txt", threads)
+    found = json.loads(said.read_text())
+    return [found["prompts"][f"seed-{seed}"] for seed in seeds] if len(seeds) > 1 else [found]
+
+
+def cells(row: dict[str, Any], seeds: list[int], grid: dict[str, Any], work: Path, threads: int) -> list[dict]:
+    """Train and evaluate cells of one row, or read what an earlier run left of them."""
+    places = [folder(row, seed, work) for seed in seeds]
+    if all((place / "cell.json").exists() for place in places):
+        return [json.loads((place / "cell.json").read_text()) for place in places]
+    for place in places:
+        place.mkdir(parents=True, exist_ok=True)
+    shared = grid.get("evaluate", {})
+    wanted = {**shared, **row.get("evaluate", {})}
+    sets = [*shared.get("set", []), *row.get("evaluate", {}).get("set", [])]
+    options = [word for item in sets for word in ("--set", item)]
+    done = []
+    for seed, place, found in zip(seeds, places, trained(row, seeds, grid, work, threads), strict=True):
+        judged = place / "evaluate.json"
+        subject = ["--model", grid["model"]]
+        if found:
+            if not found["saved"]:
+                raise SystemExit(f"{row['name']}, seed {seed}: training left nothing to judge ({found['reason']})")
+            tuned = found["method"] == "fine_tuning"
+            subject = ["--model", found["saved"]] if tuned else ["--prompt", found["saved"]]
+        task = ["--task", wanted["task"], "--split", wanted["split"]]
+        said = ["--json", str(judged), "--output", str(place)]
+        run(["evaluate", *subject, *task, *options, *said], place / "log.txt", threads)
+        one = {"name": row["name"], "seed": seed, "commit": commit(), "train": found}
+        one |= {"metrics": wanted["metrics"], "evaluate": json.loads(judged.read_text())}
+        (place / "cell.json").write_text(json.dumps(one))
+        done.append(one)
+    return done
 
 
 def _tuned(item: dict[str, Any]) -> bool:
@@ -83,6 +109,8 @@ def summary(cells: list[dict[str, Any]], metrics: list[str]) -> list[dict[str, A
         own = [item for item in cells if item["name"] == name]
         row: dict[str, Any] = {"name": name, "seeds": [item["seed"] for item in own]}
         for metric in metrics:
+            if any(metric not in item.get("metrics", metrics) for item in own):
+                continue
             values = [item["evaluate"]["metrics"][metric]["value"] for item in own]
             stderr = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
             row[metric] = {"mean": statistics.mean(values), "stderr_over_seeds": stderr, "values": values}
@@ -101,9 +129,13 @@ def table(rows: list[dict[str, Any]], metrics: list[str]) -> str:
     for row in rows:
         cells = [row["name"]]
         for metric in metrics:
+            if metric not in row:
+                cells.append("-")
+                continue
             stderr = row[metric]["stderr_over_seeds"]
             shown = row[metric]["stderr_over_records"] if stderr is None else stderr
-            cells.append(f"{row[metric]['mean']:.2f} ± {shown or 0:.2f}")
+            same_for_all = metric.startswith("majority/")
+            cells.append(f"{row[metric]['mean']:.2f}" + ("" if same_for_all else f" ± {shown or 0:.2f}"))
         cells.append(str(len(row["seeds"])))
         for key in ("steps", "seconds", "trained_parameters", "stored_parameters"):
             cells.append("-" if row[key] is None else f"{row[key]:,.0f}")
@@ -119,27 +151,41 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
+    parser.add_argument("--set", action="append", default=[], help="of every training, after the grid's own")
     options = parser.parse_args()
     grid = yaml.safe_load(options.grid.read_text())
-    metrics = grid["evaluate"]["metrics"]
-    plan = [(row, seed) for row in grid["rows"] for seed in (grid["seeds"] if "recipe" in row else [0])]
+    grid["set"] = [*grid.get("set", []), *options.set]
+    named = [item.partition("=")[2] for item in grid["set"] if item.startswith("model.name_or_path=")]
+    grid["model"] = named[-1] if named else "bundled"
+    plan = []
+    for row in grid["rows"]:
+        seeds = grid["seeds"] if "recipe" in row else [0]
+        plan += [(row, seeds)] if row.get("together") else [(row, [seed]) for seed in seeds]
     with ThreadPoolExecutor(options.jobs) as pool:
-        cells = list(pool.map(lambda item: cell(*item, grid, options.work, options.threads), plan))
+        found = list(pool.map(lambda item: cells(*item, grid, options.work, options.threads), plan))
+    done = [one for own in found for one in own]
+    each = [{**grid.get("evaluate", {}), **row.get("evaluate", {})}["metrics"] for row in grid["rows"]]
+    metrics = list(dict.fromkeys(metric for own in each for metric in own))
     processes = f"{options.jobs} runs at a time with {options.threads} threads"
-    rows = summary(cells, metrics)
+    rows = summary(done, metrics)
     facts = {
         "title": grid["title"],
         "date": time.strftime("%Y-%m-%d"),
-        "commits": sorted({item["commit"] for item in cells}),
+        "commits": sorted({item["commit"] for item in done}),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {processes}",
-        "training_hours": sum(item["train"].get("seconds", 0) for item in cells) / 3600,
-        "command": f"python benchmarks/grid.py {options.grid} --out {options.out} --work WORK",
-        "model_fingerprints": sorted({item["evaluate"]["model"]["fingerprint"] for item in cells if not _tuned(item)}),
+        "training_hours": sum(item["train"].get("seconds", 0) for item in done) / 3600,
+        "model": grid["model"],
+        "command": " ".join(
+            ["python benchmarks/grid.py", f"{options.grid} --out {options.out} --work WORK"]
+            + [f"--set {item}" for item in options.set]
+        ),
+        "model_fingerprints": sorted({item["evaluate"]["model"]["fingerprint"] for item in done if not _tuned(item)}),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     lines = [f"# {grid['title']}", "", grid.get("text", "").strip(), "", table(rows, metrics), ""]
-    lines += [f"{key}: {facts[key]}  " for key in ("date", "commits", "hardware", "model_fingerprints", "command")]
+    told = ("date", "commits", "hardware", "model", "model_fingerprints", "command")
+    lines += [f"{key}: {facts[key]}  " for key in told]
     lines.append("")
     lines.append("± is the standard error over the seeds (over the records, by bootstrap, where there is one seed).")
     options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")

@@ -144,7 +144,7 @@ def encode_choices(
         for choice in example.choices:
             if choice not in known:  # segments are tokenised one by one, so the input makes no difference
                 row = encode(
-                    replace(example, input="", tail="", target=choice),
+                    replace(example, target=choice),
                     format,
                     tokenize,
                     eos_id=eos_id,
