@@ -59,7 +59,7 @@ class SlotCache:
         geometry: Of the model.
         dtype: Of keys and values.
         device: Where they lie.
-        limit_bytes: Most memory for slots (while a bank grows, one layer of it is there twice).
+        limit_bytes: Most memory for slots (while a row moves, it is there twice).
     """
 
     def __init__(self, geometry: Geometry, *, dtype: torch.dtype, device: torch.device, limit_bytes: int) -> None:
@@ -124,6 +124,8 @@ class SlotCache:
             bank.keys[layer][index, :, :written] = old.keys[layer][place.number, :, :written]
             bank.values[layer][index, :, :written] = old.values[layer][place.number, :, :written]
         self._drop(place, written)
+        if self._allocated > self.limit_columns:
+            self._give_back()
 
     def close(self, row: int) -> None:
         """Free a row's slot. Nothing of it stays behind: what is not finite would reach whoever comes next."""
@@ -156,7 +158,7 @@ class SlotCache:
     def _take(self, row: int, columns: int) -> Bank:
         bank = self._banks.setdefault(columns, Bank(columns))
         if len(bank.rows) == bank.capacity:
-            self._resize(bank, max(_FEWEST_ROWS, 2 * bank.capacity))
+            self._grow(bank)
         self._places[row] = Place(columns, len(bank.rows))
         bank.rows.append(row)
         self.used_columns += columns
@@ -180,17 +182,24 @@ class SlotCache:
                 buffer[place.number, :, held:written] = 0
         self.used_columns -= place.columns
 
-    def _resize(self, bank: Bank, capacity: int) -> None:
-        """Grow a bank; where memory is short it grows by little, and banks with free slots give them back."""
-        held = sum(other.columns * other.capacity for other in self._banks.values() if other is not bank)
-        if held + capacity * bank.columns > self.limit_columns:
-            for other in self._banks.values():
-                if other is not bank and other.capacity > len(other.rows):
-                    self._allocate(other, len(other.rows))
-            held = sum(other.columns * len(other.rows) for other in self._banks.values() if other is not bank)
-            room = (self.limit_columns - held) // bank.columns
-            capacity = max(len(bank.rows) + 1, min(capacity, room))
-        self._allocate(bank, capacity)
+    def _grow(self, bank: Bank) -> None:
+        """Add slots to a bank: many where there is memory for them, few where it is short."""
+        wanted = max(_FEWEST_ROWS, 2 * bank.capacity)
+        if self._allocated + (wanted - bank.capacity) * bank.columns > self.limit_columns:
+            self._give_back(bank)
+            room = (self.limit_columns - self._allocated) // bank.columns
+            wanted = max(len(bank.rows) + 1, min(wanted, bank.capacity + room))
+        self._allocate(bank, wanted)
+
+    @property
+    def _allocated(self) -> int:
+        return sum(bank.columns * bank.capacity for bank in self._banks.values())
+
+    def _give_back(self, but: Bank | None = None) -> None:
+        """Free the slots that belong to nobody."""
+        for bank in self._banks.values():
+            if bank is not but and bank.capacity > len(bank.rows):
+                self._allocate(bank, len(bank.rows))
 
     def _allocate(self, bank: Bank, capacity: int) -> None:
         rows = len(bank.rows)

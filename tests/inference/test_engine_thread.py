@@ -1,0 +1,171 @@
+"""The engine in its thread, and the other way of running a model: batches that stay together."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+import pytest
+
+import zoo_seq2seq
+from conftest import byte_tokenizer, tiny_model
+from serving_requests import fifteen, pool_of_words, small, staggered, word_prompt, words
+from softprompts.config import DecodingConfig
+from softprompts.errors import LengthError, QueueFullError, UnknownPromptError
+from softprompts.inference import (
+    Engine,
+    EngineThread,
+    PromptPool,
+    Request,
+    SamplingOptions,
+    ServingEngine,
+    ServingLimits,
+    collect,
+)
+from softprompts.models import FrozenLM
+from softprompts.prompted import PromptedLM
+from softprompts.types import Encoded, Example
+from zoo_decoders import DECODERS
+
+
+@pytest.fixture(scope="module")
+def served():
+    frozen = FrozenLM.from_model(tiny_model("gpt2"), byte_tokenizer())
+    with pool_of_words(frozen) as pool:
+        yield frozen, pool
+
+
+def heard(events, request, index=0):
+    """All events of one output, from a queue per request."""
+    found = []
+    while not found or found[-1].finish_reason is None:
+        event = events[request.id].get(timeout=20)
+        if event.index == index:
+            found.append(event)
+    return found
+
+
+def test_requests_from_many_threads_are_answered_each_by_itself(served):
+    frozen, pool = served
+    requests = fifteen(stop=("zq",))
+    whole = staggered(ServingEngine(frozen, pool), requests)
+    events = {request.id: queue.Queue() for request in requests}
+    with EngineThread(ServingEngine(frozen, pool, small())) as engine:
+        callers = [
+            threading.Thread(target=engine.submit, args=(request, events[request.id].put)) for request in requests
+        ]
+        for caller in callers:
+            caller.start()
+        assert {request.id: collect(heard(events, request)) for request in requests} == whole
+        assert engine.drain(5)
+        with pytest.raises(QueueFullError, match="no more"):
+            engine.submit(requests[0], print)
+    assert not engine.alive
+
+
+def test_cancelling_and_stopping_end_what_runs(served):
+    frozen, pool = served
+    long = SamplingOptions(max_tokens=200, n=2)
+    requests = [Request(f"long{number}", (65, 66), "words-32", long) for number in range(3)]
+    events = {request.id: queue.Queue() for request in requests}
+    engine = EngineThread(ServingEngine(frozen, pool, ServingLimits(max_rows=2, max_waiting=4)))
+    with engine:
+        for request in requests:
+            engine.submit(request, events[request.id].put)
+        with pytest.raises(QueueFullError, match="ask again"):
+            engine.submit(Request("more", (65,), None, SamplingOptions(max_tokens=2)), print)
+        for error, request in (
+            (UnknownPromptError, Request("x", (65,), "nobody")),
+            (LengthError, Request("x", (65,) * 300, None)),
+        ):
+            with pytest.raises(error):
+                engine.submit(request, print)
+        first = events["long0"].get(timeout=20)
+        assert first.finish_reason is None
+        engine.cancel("long0")
+        engine.cancel("nobody")
+        engine.cancel("long2")  # it waits
+        assert {events["long2"].get(timeout=20).finish_reason for _ in range(2)} == {"cancelled"}
+        reasons = []
+        while len(reasons) < 2:
+            event = events["long0"].get(timeout=20)
+            reasons += [event.finish_reason] if event.finish_reason else []
+        assert set(reasons) <= {"cancelled", "stop"}
+        assert not engine.drain(0)
+    last = [event for event in list(events["long1"].queue) if event.finish_reason]
+    assert sorted(event.index for event in last) == [0, 1]
+    assert engine.failure is None
+
+
+def test_a_listener_that_fails_takes_nobody_with_it(served, caplog):
+    frozen, pool = served
+    options = SamplingOptions(max_tokens=4)
+    heard_by_other = queue.Queue()
+
+    def broken(event):
+        raise OSError("gone")
+
+    with EngineThread(ServingEngine(frozen, pool)) as engine:
+        engine.submit(Request("broken", (65,), None, options), broken)
+        engine.submit(Request("other", (65,), "words-5", options), heard_by_other.put)
+        collect(heard({"other": heard_by_other}, Request("other", (65,))))
+        assert engine.drain(5)
+    assert "gone" in caplog.text
+
+
+def test_when_the_engine_fails_everybody_is_told(served, monkeypatch):
+    frozen, pool = served
+    engine = ServingEngine(frozen, pool)
+    events = queue.Queue()
+
+    def explode():
+        raise MemoryError("no more")
+
+    engine._forward.__class__ = type(
+        "Broken", (type(engine._forward),), {"__call__": lambda self, works: explode(works)}
+    )
+    with EngineThread(engine) as thread:
+        thread.submit(Request("one", (65,), None, SamplingOptions(max_tokens=4, n=2)), events.put)
+        told = [events.get(timeout=20) for _ in range(2)]
+        assert {(event.finish_reason, type(event.error)) for event in told} == {("error", MemoryError)}
+        assert not thread.alive
+        with pytest.raises(QueueFullError):
+            thread.submit(Request("two", (65,), None, SamplingOptions(max_tokens=4)), events.put)
+    assert isinstance(thread.failure, MemoryError)
+
+
+SLIDING = ["gemma3-small-window", "gemma2-small-window", "mistral, window text", "gpt-oss", "deepseek-v3"]
+APART = ["bloom", "falcon-alibi"]
+
+
+def offline(frozen, prompts, requests):
+    """What the offline engine answers, one by one."""
+    names = {name: number for number, name in enumerate(prompts)}
+    engine = Engine(PromptedLM(frozen, list(prompts.values())))
+    rows = [Encoded(one.ids, len(one.ids), Example("", ""), names.get(one.prompt, -1)) for one in requests]
+    decoding = DecodingConfig(max_new_tokens=12)
+    return {one.id: engine.generate([row], decoding)[0].ids for one, row in zip(requests, rows, strict=True)}
+
+
+@pytest.mark.parametrize("family", [*SLIDING, *APART, "t5", "bart"])
+def test_other_families_give_what_the_offline_engine_gives(family):
+    """Windows, capped scores, sinks, latent attention; and those that run in batches that stay together."""
+    if family in DECODERS:
+        shape = DECODERS[family]
+        frozen = FrozenLM.from_model(shape.build(), byte_tokenizer(), window=shape.window)
+    else:
+        frozen = FrozenLM.from_model(zoo_seq2seq.tiny_seq2seq(family), byte_tokenizer())
+    prompts = {"a": word_prompt(frozen, words(6), "embedding")}
+    if frozen.pair is None:
+        prompts["b"] = word_prompt(frozen, words(11), "prefix")
+    names = [None, *prompts]
+    options = SamplingOptions(max_tokens=12)
+    requests = [Request(str(i), tuple(words(4 + 3 * i)), names[i % len(names)], options) for i in range(6)]
+    expected = offline(frozen, prompts, requests)
+    with PromptPool(frozen) as pool:
+        for name, prompt in prompts.items():
+            pool.add(name, prompt)
+        engine = ServingEngine(frozen, pool, ServingLimits(max_rows=4, tokens_per_step=16))
+        assert engine.continuous == (family in SLIDING)
+        outputs = staggered(engine, requests)
+    assert {name: output.ids for name, output in outputs.items()} == expected
