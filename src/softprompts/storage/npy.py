@@ -19,7 +19,7 @@ from softprompts.storage.directory import read_file, replace_file
 from softprompts.storage.manifest import MAX_TENSOR_BYTES
 from softprompts.storage.match import IdentifiedModel, unknown_model
 
-__all__ = ["export_npy", "import_npy", "is_npy"]
+__all__ = ["export_npy", "import_npy", "is_npy", "prompt_from_array"]
 
 _SUFFIX = ".npy"
 
@@ -49,6 +49,21 @@ def import_npy(path: str | Path, frozen: IdentifiedModel | None = None) -> SoftP
         array: Any = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError, OSError, MemoryError) as error:
         raise ArtifactError(f"'{path}' is no plain NumPy array: {str(error).splitlines()[0]}") from error
+    return prompt_from_array(path, array, frozen)
+
+
+def prompt_from_array(path: Path, array: Any, frozen: IdentifiedModel | None = None) -> SoftPrompt:
+    """Make an embedding prompt of what a published file holds.
+
+    Args:
+        path: The file, for messages.
+        array: What was in it; floating-point numbers ``[P, D]`` are accepted.
+        frozen: The model that it was made for; ``None``: not known.
+
+    Raises:
+        ArtifactError: It is no such array, or has values that are not finite.
+        PromptMismatchError: The model has another width.
+    """
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
         got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive of arrays"
         raise ArtifactError(f"'{path}' holds {got}, expected floating-point numbers [P, D]: one vector per position")
