@@ -36,7 +36,6 @@ def main() -> None:
 
 def recipe_page() -> str:
     """Describe every key of a recipe: type, default, meaning."""
-    notes = attribute_notes(Path(inspect.getfile(config.TrainRecipe)).read_text(encoding="utf-8"))
     lines = [
         "# Recipe keys",
         "",
@@ -44,7 +43,30 @@ def recipe_page() -> str:
         "overrides one of them; an unknown key is refused, and the nearest known one is named.",
         "",
     ]
-    for path, cls in sections(config.TrainRecipe):
+    return NOTE + "\n".join([*lines, *keys_of(config.TrainRecipe)])
+
+
+def transfer_page() -> str:
+    """Describe every key of a recipe of ``transfer models``; sections of other recipes are left to their page."""
+    lines = [
+        "# Recipe keys of transfer across models",
+        "",
+        "A recipe of `softprompts transfer models` is a YAML file with these keys; `--set a.b=c` overrides one.",
+        "`source_model`, `target_model`, `match.task`, `optimizer`, `schedule` and `training` are the sections of",
+        "[other recipes](recipe.md).",
+        "",
+    ]
+    return NOTE + "\n".join([*lines, *keys_of(config.TransferRecipe)])
+
+
+def keys_of(recipe: type) -> Iterator[str]:
+    """Write the tables of a recipe's sections: those whose keys are defined beside it."""
+    source = Path(inspect.getfile(recipe))
+    notes = attribute_notes(source.read_text(encoding="utf-8"))
+    for path, cls in sections(recipe):
+        if Path(inspect.getfile(cls)) != source:
+            continue
+        lines = []
         title = f"`{path}`" if path else "Top level"
         lines += [f"## {title}", "", inspect.getdoc(cls) or "", ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
@@ -53,12 +75,13 @@ def recipe_page() -> str:
             note = notes.get((cls.__name__, item.name), "")
             if dataclasses.is_dataclass(hints[item.name]):
                 inner = f"{path}.{item.name}" if path else item.name
-                lines.append(f"| `{item.name}` | section | | see [`{inner}`](#{inner.replace('.', '')}) |")
+                elsewhere = "" if Path(inspect.getfile(hints[item.name])) == source else "recipe.md"
+                anchor = "" if elsewhere else f"#{inner.replace('.', '')}"
+                lines.append(f"| `{item.name}` | section | | see [`{inner}`]({elsewhere}{anchor}) |")
             else:
                 kind, default = type_words(hints[item.name]), default_words(item)
                 lines.append(f"| `{item.name}` | {kind} | `{default}` | {cell(note).replace('`None`', '`null`')} |")
-        lines.append("")
-    return NOTE + "\n".join(lines)
+        yield from [*lines, ""]
 
 
 def sections(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
@@ -92,6 +115,8 @@ def type_words(hint: Any) -> str:
         return f"list of {len(arguments)}: {', '.join(map(type_words, arguments))}"
     if origin is Mapping:
         return "mapping of keys to values"
+    if dataclasses.is_dataclass(hint):
+        return f"mappings with {' and '.join(f'`{item.name}`' for item in dataclasses.fields(hint))}"
     if arguments:
         return " or ".join(type_words(argument) for argument in arguments)
     return {int: "whole number", float: "number", str: "text", bool: "`true` or `false`", type(None): "`null`"}[hint]
@@ -256,6 +281,7 @@ def tasks_page() -> str:
 
 PAGES = {
     "recipe.md": recipe_page,
+    "transfer-recipe.md": transfer_page,
     "presets.md": presets_page,
     "cli.md": cli_page,
     "errors.md": errors_page,

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 from transformers import PreTrainedTokenizerFast
 
 from conftest import SIZES, tiny_model
 from softprompts.cli.main import main
 from softprompts.cli.train import run_recipe
 from softprompts.cli.transfer_models import transfer_models
-from softprompts.config import TrainRecipe, TransferRecipe, decode
+from softprompts.config import TrainRecipe, TransferRecipe, decode, to_dict
 from softprompts.errors import CheckpointError, ConfigError
 from softprompts.models import FrozenLM
 from softprompts.storage import load_prompt, read_info
@@ -220,7 +221,6 @@ def test_the_verb_writes_a_recipe_from_its_options(world: Path, tmp_path: Path):
 @pytest.fixture
 def library(world: Path, tmp_path: Path) -> Callable[..., Path]:
     """A folder of prompts whose tasks have names of their own in the manifest."""
-    from softprompts.config import to_dict
     from softprompts.storage import save_prompt
 
     def make() -> Path:
@@ -286,3 +286,40 @@ def test_steps_to_another_runs_score(world: Path, tmp_path: Path):
     found = json.loads((tmp_path / "s.json").read_text())
     assert found["steps"][str(runs / "animals")] == 4
     assert call("transfer", "steps", tmp_path, "--own", runs / "animals") == 2
+
+
+def test_training_starts_from_the_best_prompt_of_a_library(world: Path, tmp_path: Path, library: Callable[..., Path]):
+    folder = library()
+    path = tmp_path / "recipe.yaml"
+    # the task of a recipe is called records, so every prompt of the library is of another task
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(to_dict(recipe(world, "moods"))))))
+    words = ["train", path, "--from-library", folder]
+    assert call(*words, "--output", tmp_path / "warm") == 0
+    chosen = yaml.safe_load((tmp_path / "warm" / "recipe.yaml").read_text())["prompt"]["initializer"]
+    frozen = FrozenLM.load(world / "small", device="cpu")
+    losses = {name: alone(load_prompt(folder / name, frozen).prompt, recipe(world, "moods")) for name in TASKS}
+    assert chosen["name"] == "prompt"
+    assert Path(chosen["prompt"]).name == min(losses, key=losses.__getitem__)
+    like = ["--by", "cosine", "--like", folder / "moods"]
+    assert call(*words, *like, "--output", tmp_path / "like") == 0
+    chosen = yaml.safe_load((tmp_path / "like" / "recipe.yaml").read_text())["prompt"]["initializer"]
+    assert Path(chosen["prompt"]).name == "moods"
+    assert call(*words, "--by", "cosine", "--output", tmp_path / "x") == 2
+    assert call(*words, "--by", "cosin", "--like", folder / "moods", "--output", tmp_path / "x") == 2
+
+
+@pytest.mark.parametrize("way", [{"name": "none"}, {"name": "residual"}, {"name": "mlp", "start": "closed_form"}])
+def test_a_warm_start_is_exactly_the_saved_prompt(world: Path, way: dict[str, Any]):
+    from softprompts.prompts import build_prompt
+
+    frozen = FrozenLM.load(world / "small", device="cpu")
+    saved = load_prompt(world / "small" / "prompts" / "moods" / "prompt", frozen).prompt
+    start = {"name": "prompt", "prompt": "somewhere"}
+    config = recipe(world, "moods", reparametrization={**way, "hidden_size": 8}, initializer=start).prompt
+    assert torch.allclose(build_prompt(config, frozen, seed=1, source=saved).table_PW, saved.table_PW, atol=1e-6)
+    elsewhere = recipe(world, "moods", reparametrization={"name": "mlp"}, initializer=start).prompt
+    with pytest.raises(ConfigError, match=r"'mlp with start none' would start elsewhere"):
+        build_prompt(elsewhere, frozen, seed=1, source=saved)
+    longer = recipe(world, "moods", length=5, initializer=start).prompt
+    with pytest.raises(ValueError, match=r"has length 3, this one 5; set prompt.length=3"):
+        build_prompt(longer, frozen, seed=1, source=saved)

@@ -16,7 +16,8 @@ import yaml
 
 import softprompts
 from softprompts.cli.main import VERBS, build_app, verb_function
-from softprompts.config import TrainRecipe, decode, parse_override
+from softprompts.config import TrainRecipe, TransferRecipe, decode, parse_override
+from softprompts.tasks.catalog import load_catalog
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -58,11 +59,12 @@ def test_command_has_the_verb_and_the_options_it_is_shown_with(line: str):
     assert {word for word in words if word.startswith("--")} <= known
     for flag, value in itertools.pairwise(words):
         if flag == "--set":
-            keys, read = parse_override(value, TrainRecipe)
+            of = TransferRecipe if verb.name == "transfer models" else TrainRecipe
+            keys, read = parse_override(value, of)
             nested: object = read
             for key in reversed(keys):
                 nested = {key: nested}
-            assert decode(TrainRecipe, nested) != TrainRecipe()
+            assert decode(of, nested) != of()
 
 
 @pytest.mark.parametrize("line", sorted(set(commands("make"))))
@@ -73,8 +75,11 @@ def test_make_has_the_target(line: str):
 
 @pytest.mark.parametrize(("page", "block"), list(blocks("yaml")))
 def test_recipe_is_accepted(page: str, block: str):
-    recipe = decode(TrainRecipe, yaml.safe_load(block))
-    assert recipe.task.name == "records", page
+    content = yaml.safe_load(block)
+    if "source_model" in content:
+        assert decode(TransferRecipe, content).prompts, page
+        return
+    assert decode(TrainRecipe, content).task.name in set(load_catalog()), page
 
 
 @pytest.mark.parametrize(("page", "block"), list(blocks("python")))

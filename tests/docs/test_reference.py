@@ -25,7 +25,7 @@ def generator() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["recipe.md", "presets.md", "cli.md", "errors.md", "tasks.md"])
+@pytest.mark.parametrize("name", ["recipe.md", "transfer-recipe.md", "presets.md", "cli.md", "errors.md", "tasks.md"])
 def test_generated_page_is_current(name: str, generator: ModuleType):
     written = (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8")
     assert written == generator.PAGES[name](), "run `make reference`"
