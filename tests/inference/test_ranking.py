@@ -49,10 +49,10 @@ def one_by_one(
     return found
 
 
-def demand_equal(found: Sequence[tuple[float, ...]], expected: Sequence[Sequence[float]]) -> None:
-    assert [len(one) for one in found] == [len(one) for one in expected]
-    for one, right in zip(found, expected, strict=True):
-        assert one == pytest.approx(right, abs=2e-4)
+def farthest(found: Sequence[tuple[float, ...]], expected: Sequence[Sequence[float]]) -> float:
+    """The largest difference between scores."""
+    pairs = [pair for one, right in zip(found, expected, strict=True) for pair in zip(one, right, strict=True)]
+    return max(abs(one - right) for one, right in pairs)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 8])
@@ -72,7 +72,7 @@ def test_decoders_with_mixed_prompts(tiny_frozen, batch_size: int):
     ]
     ready: list[int] = []
     found = score_choices(Engine(prompted), rows, choices, batch_size=batch_size, on_progress=ready.append)
-    demand_equal(found, one_by_one(prompted, rows, choices))
+    assert farthest(found, one_by_one(prompted, rows, choices)) < 2e-4
     assert sum(ready) == len(rows)
 
 
@@ -82,7 +82,7 @@ def test_many_rows_that_share_a_long_prompt(tiny_frozen):
     prompted = PromptedLM(frozen, [random_prefix(frozen, 64, 3)])
     rows = [row_of(b"question %d" % number, 0) for number in range(20)]
     choices = [tokens_of(b"False", b"True")] * len(rows)
-    demand_equal(score_choices(Engine(prompted), rows, choices), one_by_one(prompted, rows, choices))
+    assert farthest(score_choices(Engine(prompted), rows, choices), one_by_one(prompted, rows, choices)) < 2e-4
 
 
 @pytest.mark.parametrize("kind", ["prefix", "embedding"])
@@ -94,7 +94,10 @@ def test_an_infix_stands_between_input_and_choice(tiny_frozen, kind: str):
     prompted = PromptedLM(frozen, [infix, random_prefix(frozen, 2, 8)])
     rows = [row_of(b"first\n", 0, infix_at=5), row_of(b"the second\n", 0, infix_at=10), row_of(b"third\n", 1)]
     choices = [tokens_of(*CHOICES)] * 3
-    demand_equal(score_choices(Engine(prompted), rows, choices, batch_size=2), one_by_one(prompted, rows, choices))
+    assert (
+        farthest(score_choices(Engine(prompted), rows, choices, batch_size=2), one_by_one(prompted, rows, choices))
+        < 2e-4
+    )
 
 
 def test_a_model_that_is_reached_through_its_cache(tokenizer: PreTrainedTokenizerFast):
@@ -107,7 +110,7 @@ def test_a_model_that_is_reached_through_its_cache(tokenizer: PreTrainedTokenize
     prompted = PromptedLM(frozen, [random_prefix(frozen, 3, 1), word_prompt(frozen, list(b"say "))])
     rows = [row_of(b"one", 0), row_of(b"number two", 1), row_of(b"the third", -1)]
     choices = [tokens_of(*CHOICES)] * 3
-    demand_equal(score_choices(Engine(prompted), rows, choices), one_by_one(prompted, rows, choices))
+    assert farthest(score_choices(Engine(prompted), rows, choices), one_by_one(prompted, rows, choices)) < 2e-4
 
 
 @pytest.mark.parametrize("shape", ["t5", "bart"])
@@ -122,7 +125,7 @@ def test_encoder_decoders_with_mixed_prompts(shape: str, tokenizer: PreTrainedTo
     found = score_choices(Engine(prompted), rows, choices, batch_size=3)
     counter.remove()
     assert len(calls) == 2  # a batch of three rows each
-    demand_equal(found, one_by_one(prompted, rows, choices))
+    assert farthest(found, one_by_one(prompted, rows, choices)) < 2e-4
 
 
 def test_mistakes_are_refused(tiny_frozen):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from softprompts.evaluation.classification import Majority
     from softprompts.evaluation.evaluate import EvaluationReport
+    from softprompts.evaluation.predict import Ranking
     from softprompts.models import FrozenLM
     from softprompts.storage.manifest import PromptInfo
     from softprompts.tasks.task import Task
@@ -70,11 +71,21 @@ def evaluate(
         recipe = replace(recipe, task=replace(recipe.task, limit_train=limit, limit_dev=limit))
     console = console_for(json)
 
+    from softprompts.evaluation.evaluate import write_report
+
+    report = _report(recipe, split, prompt, seed, console)
+    _show(report, console)
+    if output is not None:
+        console.print(f"written to {write_report(report, output)}", markup=False)
+    write_json(json, report.to_dict())
+
+
+def _report(recipe: TrainRecipe, split: str, prompt: Path | None, seed: int, console: Console) -> EvaluationReport:
+    """Load what a recipe names, answer every record, and score."""
     from rich.progress import Progress
 
-    from softprompts.cli.loading import encode_rows, load_frozen, ranking_of
+    from softprompts.cli.loading import encode_rows, load_frozen
     from softprompts.evaluation.evaluate import evaluate as run
-    from softprompts.evaluation.evaluate import write_report
     from softprompts.inference import Engine
     from softprompts.prompted import PromptedLM
     from softprompts.storage.artifact import load_prompt
@@ -87,20 +98,16 @@ def evaluate(
         console.print(f"the labels of the {split} split are secret: nothing is scored", markup=False)
     frozen = load_frozen(recipe.model)
     loaded = None if prompt is None else load_prompt(prompt, frozen)
-    engine = Engine(PromptedLM(frozen, [] if loaded is None else [loaded.prompt]))
-    row_prompt = -1 if loaded is None else 0
-    inputs = encode_rows(examples, chosen, frozen, recipe.task, prompt=row_prompt, with_target=False)
-    by = recipe.evaluation.ranking
-    ranking = None if way == "generate" else ranking_of(inputs, chosen, frozen, recipe.task, by)
-    if way == "rank" and ranking is None:
-        raise ConfigError(f"task '{chosen.name}' has no choices to rank: set evaluation.prediction=generate")
+    own = -1 if loaded is None else 0
+    inputs = encode_rows(examples, chosen, frozen, recipe.task, prompt=own, with_target=False)
+    ranking = _ranking(inputs, chosen, frozen, recipe)
     with Progress(console=console, transient=True) as progress:
         ways = (way != "rank") + (ranking is not None)
         bar = progress.add_task("answering", total=len(examples) * ways)
-        report = run(
-            engine,
+        return run(
+            Engine(PromptedLM(frozen, [] if loaded is None else [loaded.prompt])),
             inputs,
-            encode_rows(examples, chosen, frozen, recipe.task, prompt=row_prompt) if scored else None,
+            encode_rows(examples, chosen, frozen, recipe.task, prompt=own) if scored else None,
             metrics=(recipe.evaluation.metrics or chosen.metrics) if scored else (),
             decoding=recipe.evaluation.decoding,
             generating=way != "rank",
@@ -110,16 +117,25 @@ def evaluate(
             facts=_facts(chosen, split, recipe, frozen, prompt, None if loaded is None else loaded.info),
             on_progress=lambda count: progress.advance(bar, count),
         )
-    _show(report, console)
-    if output is not None:
-        console.print(f"written to {write_report(report, output)}", markup=False)
-    write_json(json, report.to_dict())
 
 
 def _keeps_labels_secret(examples: Sequence[Example]) -> bool:
     from softprompts.types import UNLABELLED
 
     return any(UNLABELLED in (example.target, *example.references) for example in examples)
+
+
+def _ranking(inputs: Sequence[Encoded], task: Task, frozen: FrozenLM, recipe: TrainRecipe) -> Ranking | None:
+    """Encode the choices of the inputs, where they have some and are to be ranked."""
+    from softprompts.cli.loading import ranking_of
+
+    evaluation = recipe.evaluation
+    if evaluation.prediction == "generate":
+        return None
+    ranking = ranking_of(inputs, task, frozen, recipe.task, evaluation.ranking)
+    if evaluation.prediction == "rank" and ranking is None:
+        raise ConfigError(f"task '{task.name}' has no choices to rank: set evaluation.prediction=generate")
+    return ranking
 
 
 def _majority(task: Task, config: TaskConfig, split: str, examples: Sequence[Example]) -> Majority | None:
