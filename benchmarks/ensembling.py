@@ -120,14 +120,18 @@ def repeat(task: str, number: int, options: argparse.Namespace) -> dict[str, Any
     place = options.work / task / f"repeat-{number}"
     seed, folder = str(MEMBERS * number), place / "run"
     words = ["ensemble", "train", str(recipe(task, options)), "--members", str(MEMBERS), "--output", str(folder)]
-    resumed = ["--resume"] if (folder / f"seed-{seed}" / "last.pt").exists() else []
-    trained = run(place, "train", [*words, "--set", f"training.seed={seed}", *resumed], options.threads)
-    trained["resumed"] = bool(resumed)
+    words += ["--set", f"training.seed={seed}", *resumption(folder / f"seed-{seed}")]
+    trained = run(place, "train", words, options.threads)
     judged = {}
     for how in WAYS:
         words = ["ensemble", "evaluate", str(folder), "--combine", how, "--output", str(place / how)]
         judged[how] = run(place, how, words, options.threads)
     return {"train": trained, **judged}
+
+
+def resumption(folder: Path) -> list[str]:
+    """Go on with a run that was killed; its process time is then that of the rest (its `seconds` are of all)."""
+    return ["--resume"] if (folder / "last.pt").exists() else []
 
 
 def one_by_one(task: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -136,6 +140,7 @@ def one_by_one(task: str, options: argparse.Namespace) -> dict[str, Any]:
     trained, judged, answers = [], [], []
     for seed in map(str, range(MEMBERS)):
         words = ["train", str(recipe(task, options)), "--set", f"training.seed={seed}", "--output", str(place / seed)]
+        words += resumption(place / seed)
         trained.append(run(place, f"train-{seed}", words, options.threads))
         prompt = options.work / task / "repeat-0" / "run" / f"seed-{seed}" / "prompt"
         words = ["evaluate", "--prompt", str(prompt), "--set", "evaluation.prediction=generate"]
