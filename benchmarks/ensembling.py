@@ -32,7 +32,7 @@ from softprompts.types import Example, Prediction
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMBERS = 5
-WAYS = ("vote", "rank", "average")
+WAYS = ("vote", "rank", "average", "likeliest")
 TASKS = {
     "glue_sst2": ("research_only/glue/SST-2/train.jsonl", "research_only/glue/SST-2/dev.jsonl"),
     "trec": ("research_only/cls/TREC/train.jsonl", "research_only/cls/TREC/test.jsonl"),
@@ -123,7 +123,7 @@ def repeat(task: str, number: int, options: argparse.Namespace) -> dict[str, Any
     words += ["--set", f"training.seed={seed}", *resumption(folder / f"seed-{seed}")]
     trained = run(place, "train", words, options.threads)
     judged = {}
-    for how in WAYS:
+    for how in options.ways:
         words = ["ensemble", "evaluate", str(folder), "--combine", how, "--output", str(place / how)]
         judged[how] = run(place, how, words, options.threads)
     return {"train": trained, **judged}
@@ -246,8 +246,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--ways", nargs="+", default=["vote", "rank"], choices=WAYS, help="vote must be among them")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=70)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--train-records", type=int, default=2000)
@@ -260,7 +261,7 @@ def main() -> None:
     for task in options.tasks:
         repeats = [repeat(task, number, options) for number in range(options.repeats)]
         tasks[task] = {
-            "ways": {how: summary(repeats, how) for how in WAYS},
+            "ways": {how: summary(repeats, how) for how in options.ways},
             "most_common": most_common(task, options),
             "one_by_one": one_by_one(task, options),
             "model": repeats[0]["vote"]["model"],
