@@ -168,7 +168,13 @@ _RECOMMENDED = Preset(
     (
         Case(
             _frozen({"prompt.kind": "prefix"}),
-            _frozen({"optimizer.learning_rate": 5e-3, "prompt.reparametrization.name": "residual"}),
+            _frozen(
+                {
+                    "optimizer.learning_rate": 5e-3,
+                    "prompt.reparametrization.name": "residual",
+                    "prompt.reparametrization.hidden_size": 128,
+                }
+            ),
         ),
         Case(
             _frozen({"prompt.kind": "embedding"}),
