@@ -139,8 +139,9 @@ def test_without_prompts_is_the_model_alone(frozen: FrozenLM):
     assert mean_loss(objective, rows) != pytest.approx(alone, rel=1e-3)
 
 
-def test_batches_of_an_epoch_can_be_entered_anywhere(frozen: FrozenLM):
-    source = EncodedBatches(encoded(frozen) * 3, 5, frozen.pad_id, seed=1)
+@pytest.mark.parametrize("by_length", [True, False])
+def test_batches_of_an_epoch_can_be_entered_anywhere(frozen: FrozenLM, by_length: bool):
+    source = EncodedBatches(encoded(frozen) * 3, 5, frozen.pad_id, seed=1, by_length=by_length)
     whole = list(source(2, 0))
     assert sum(batch.rows for batch in whole) == 12
     for start in range(len(whole) + 1):
