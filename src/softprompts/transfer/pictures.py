@@ -85,7 +85,9 @@ def _draw_tree(axes: Axes, tree: dict[str, Any], count: int) -> None:
         axes.plot(across, (np.asarray(along) - 5) / 10, color="#444444", lw=1.1)  # scipy's leaves stand at 5, 15, ...
     heights = [across[1] for across in tree["dcoord"]]
     span = max(heights) - min(heights) or 1.0
-    axes.set_xlim(max(heights) + 0.1 * span, min(heights) - 0.5 * span)  # where they join, and not all the way to 0
+    axes.set_xlim(
+        max(heights) + 0.1 * span, max(0.0, min(heights) - 0.5 * span)
+    )  # where they join, and not all the way to 0
     axes.set_ylim(count - 0.5, -0.5)  # as the rows of the heat map
     axes.set_xlabel("1 - similarity", fontsize=8)
     axes.tick_params(axis="x", labelsize=7)
