@@ -87,7 +87,7 @@ class TaskConfig:
     separator: str | None = None
     """Text between input and target, ``eos`` for the end-of-sequence token; ``None`` takes the task's own."""
     target_prefix: str | None = None
-    """Special tokens in front of every target, such as ``<extra_id_0>``: a span-corrupted T5 begins so whatever it says.
+    """Special tokens in front of every target, such as ``<extra_id_0>``: a span-corrupted T5 begins everything with it.
     Generated texts do not show them."""
     max_length: int = 512
     """Longest row in tokens, prompt not counted."""
@@ -153,12 +153,12 @@ class PromptConfig:
     """For a prefix on an encoder-decoder: which attentions get one; empty means all three, as in the paper."""
     layers: tuple[int, ...] = ()
     """For a prefix: the layers that get one, numbered from 0 (at each site); empty means all of them."""
-
-
-@dataclass(frozen=True)
     frozen_tokens: int = 0
     """So many positions from the first on stay as they started, and are not trained: 1 keeps the keys and values of the
     initial text's first token, on which much of a model's attention rests (Eyuboglu et al. 2025)."""
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer of the prompt's parameters."""
 
@@ -172,16 +172,16 @@ class OptimizerConfig:
     """Adafactor: exponent of the second moment's decay."""
     factored: bool = False
     """Adafactor: factor the second moment (prompt-tuning paper: not for the prompt)."""
-    momentum: float = 0.0
-    """SGD."""
-
     earlier_steps: int = 0
     """Adafactor: updates that count as made before the first one. The official code of prompt tuning goes on counting
     from its checkpoint, 1,100,000, and so hardly lets the second moment decay."""
-
-@dataclass(frozen=True)
+    momentum: float = 0.0
+    """SGD."""
     z_loss: float = 0.0
     """Minimize also this times the square of the logits' log-sum-exp (official code of prompt tuning: 1e-4)."""
+
+
+@dataclass(frozen=True)
 class ScheduleConfig:
     """The learning rate over the steps."""
 
@@ -260,11 +260,11 @@ class EvaluationConfig:
 class TrainRecipe:
     """Everything that `softprompts train` needs to know."""
 
+    preset: Literal["prompt_tuning_paper", "prefix_tuning_paper", "recommended"] | None = None
+    """A named set of values that hold where the recipe gives none, see [presets](presets.md)."""
     method: Literal["prompt", "fine_tuning"] = "prompt"
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
-    preset: Literal["prompt_tuning_paper", "prefix_tuning_paper", "recommended"] | None = None
-    """A named set of values that hold where the recipe gives none, see [presets](presets.md)."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
