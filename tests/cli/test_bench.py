@@ -46,6 +46,20 @@ def test_generation_as_a_table(model: Path, capsys: pytest.CaptureFixture[str]):
     assert "tokens/s" in out
 
 
+def test_serving_as_json(model: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["--model", model, "--rows", 3, "--length", 20, "--new-tokens", 4, "--repeats", 1, "--threads", 1]
+    code, out, err = run(capsys, "serve", *words, "--json", "-")
+    assert code == 0
+    report = json.loads(out)
+    assert report["outputs_equal"] == 1  # what is compared does the same
+    assert report["ratio_peer"] == pytest.approx(report["tokens_per_s"] / report["peer_tokens_per_s"])
+    assert min(report[key] for key in ("mixing_ratio", "text_ratio", "no_prompt_tokens_per_s")) > 0
+    assert (report["rows"], report["prompt_length"], report["precision"]) == (3, 20, "float32")
+    assert "transformers' speed" in err
+    code, _, err = run(capsys, "serve", "--model", model, "--rows", 0, "--threads", 1)
+    assert (code, "expected 1 or more" in err) == (2, True)
+
+
 def test_mistakes_are_named(model: Path, capsys: pytest.CaptureFixture[str]):
     code, _, err = run(capsys, "train", "--model", model, "--case", "prompt-30", "--threads", 1)
     assert (code, "unknown case 'prompt-30'" in err) == (2, True)

@@ -1,4 +1,4 @@
-"""``softprompts bench train|generate``: one row of the table against PEFT, the plain model and the floor."""
+"""``softprompts bench train|generate|serve``: one row of the table against PEFT, the plain model and the floor."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class _What(str, Enum):  # noqa: UP042  (typer shows the values of a str enumera
 
     train = "train"
     generate = "generate"
+    serve = "serve"
 
 
 class _Precision(str, Enum):  # noqa: UP042
@@ -33,28 +34,36 @@ class _Precision(str, Enum):  # noqa: UP042
     best = "best"
 
 
+_CaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--case",
+        metavar="NAME",
+        help="train: prompt-100 (default), prompt-20, prefix-10-mlp, prefix-200, prompts-8; "
+        "generate: mixed-32 (default), shared-32, single.",
+    ),
+]
+_ModelOption = Annotated[
+    str, typer.Option("--model", help='"gpt2-6x512" (random weights, vocabulary 50,257), "bundled", or a directory.')
+]
+_PrecisionOption = Annotated[
+    _Precision,
+    typer.Option(
+        "--precision", help="float32: eager on both sides; best: what is fastest for each side (train, serve)."
+    ),
+]
+
+
 def bench(
-    what: Annotated[_What, typer.Argument(help="train: one update; generate: tokens per second.")],
-    case: Annotated[
-        str | None,
-        typer.Option(
-            "--case",
-            metavar="NAME",
-            help="train: prompt-100 (default), prompt-20, prefix-10-mlp, prefix-200, prompts-8; "
-            "generate: mixed-32 (default), shared-32, single.",
-        ),
-    ] = None,
-    model: Annotated[
-        str,
-        typer.Option("--model", help='"gpt2-6x512" (random weights, vocabulary 50,257), "bundled", or a directory.'),
-    ] = "gpt2-6x512",
+    what: Annotated[_What, typer.Argument(help="train: one update; generate, serve: tokens per second.")],
+    case: _CaseOption = None,
+    model: _ModelOption = "gpt2-6x512",
     batch_size: Annotated[int, typer.Option("--batch-size", help="train: rows of a batch.")] = 16,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", help="generate: tokens per row.")] = 64,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="generate, serve: tokens per row.")] = 64,
+    rows: Annotated[int, typer.Option("--rows", help="serve: requests at once, each with a prompt of its own.")] = 32,
+    length: Annotated[int, typer.Option("--length", help="serve: positions of a prompt.")] = 100,
     repeats: Annotated[int, typer.Option("--repeats", help="Rounds in which everybody takes a turn.")] = 9,
-    precision: Annotated[
-        _Precision,
-        typer.Option("--precision", help="float32: eager on both sides; best: what is fastest for each side (train)."),
-    ] = _Precision.float32,
+    precision: _PrecisionOption = _Precision.float32,
     threads: Annotated[int | None, typer.Option("--threads", help="Of the CPU; all cores where left out.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option("--seed", help="Of rows, prompts and random weights.")] = 0,
@@ -62,11 +71,19 @@ def bench(
 ) -> None:
     """Measure one case: medians of interleaved repeats, operations and memory, beside PEFT, the plain model, the floor.
 
+    serve: requests that each carry a prompt of their own, beside one prompt, text, and transformers' own generate.
+
     Everybody runs on the same frozen weights and the same rows, in turns. Without PEFT its columns stay empty.
     """
     import os
 
+    from softprompts.cli.processor import wait_passively
+
+    if what is _What.serve:
+        wait_passively()
     import torch
+
+    from softprompts import bench as measures
 
     if threads is not None and threads < 1:
         raise ConfigError(f"--threads is {threads}, expected 1 or more")
@@ -74,36 +91,39 @@ def bench(
     if what is _What.generate and precision is _Precision.best:
         raise ConfigError("--precision best is for bench train; generation is measured in float32")
     console = console_for(json)
-    frozen = _model(model, device, seed)
+    best = precision is _Precision.best
+    frozen = _model(model, device, seed, best=best and what is _What.serve)
     with console.status("preparing") as status:
 
         def on_round(number: int) -> None:
             status.update(f"round {number + 1} of {repeats}")
 
         if what is _What.train:
-            from softprompts.bench import TrainBench, measure_training
-
-            best = precision is _Precision.best
-            plan = TrainBench(case or "prompt-100", batch_size, repeats, best=best, seed=seed)
-            report = measure_training(frozen, plan, on_round=on_round)
+            plan = measures.TrainBench(case or "prompt-100", batch_size, repeats, best=best, seed=seed)
+            report = measures.measure_training(frozen, plan, on_round=on_round)
+        elif what is _What.serve:
+            wanted = measures.ServeBench(rows, length, new_tokens, repeats, seed)
+            report = measures.measure_serving(frozen, wanted, on_round=on_round)
         else:
-            from softprompts.bench import GenerateBench, measure_generation
-
-            asked = GenerateBench(case or "mixed-32", new_tokens, repeats, seed=seed)
-            report = measure_generation(frozen, asked, on_round=on_round)
-    show = _show_training if what is _What.train else _show_generation
-    show(report, console)
+            asked = measures.GenerateBench(case or "mixed-32", new_tokens, repeats, seed=seed)
+            report = measures.measure_generation(frozen, asked, on_round=on_round)
+    shows = {_What.train: _show_training, _What.generate: _show_generation, _What.serve: _show_serving}
+    shows[what](report, console)
     write_json(json, report)
 
 
-def _model(name: str, device: str, seed: int) -> FrozenLM:
+def _model(name: str, device: str, seed: int, *, best: bool) -> FrozenLM:
+    import torch
+
     from softprompts.bench import RANDOM_GPT2, random_gpt2
     from softprompts.cli.loading import load_frozen
     from softprompts.config import ModelConfig
+    from softprompts.models.precision import serving_dtype
 
+    dtype = serving_dtype(torch.device(device)) if best else "float32"
     if name == RANDOM_GPT2:
-        return random_gpt2(seed=seed, device=device)
-    return load_frozen(ModelConfig(name_or_path=name, device=device, precision="float32"))
+        return random_gpt2(seed=seed, device=device, dtype=getattr(torch, dtype))
+    return load_frozen(ModelConfig(name_or_path=name, dtype=dtype, device=device, precision="float32"))
 
 
 _SUBJECTS = {
@@ -163,6 +183,28 @@ def _show_generation(report: Mapping[str, Any], console: Console) -> None:
             f"{report['outputs_equal']:.0%} of these outputs are the same, token by token"
         )
     _show_rest(report, console)
+
+
+def _show_serving(report: Mapping[str, Any], console: Console) -> None:
+    from rich.table import Table
+
+    table = Table("", "tokens/s", "ms", title=_title(report), title_justify="left")
+    labels = {
+        "mixed": f"{report['rows']} requests, {report['prompts']} prompts of {report['prompt_length']}",
+        "one_prompt": "the same, all with one prompt",
+        "no_prompt": "without prompts",
+        "text": f"{report['prompt_length']} tokens of text instead of prompts",
+        "peer": report["peer"],
+    }
+    for name, label in labels.items():
+        seconds = report["spread"][name]["median"]
+        table.add_row(label, f"{report['rows'] * report['new_tokens'] / seconds:.1f}", f"{seconds * 1e3:.0f}")
+    console.print(table)
+    console.print(
+        f"{report['ratio_peer']:.2f} x transformers' speed, {report['outputs_equal']:.0%} of the outputs are the same; "
+        f"mixing prompts takes {report['mixing_ratio']:.2f} x the time of one prompt, text {report['text_ratio']:.2f} x"
+    )
+    console.print(f"{report['repeats']} rounds, {report['processor']}, commit {report['commit']}")
 
 
 def _title(report: Mapping[str, Any]) -> str:

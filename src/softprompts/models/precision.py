@@ -6,11 +6,13 @@ Weights, prompts, losses and everything outside of training keep their own type.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from softprompts.errors import ConfigError, nearest
 
-__all__ = ["COMPILED_FROM_STEPS", "NARROWEST_FOR_BFLOAT16", "training_dtype", "worth_compiling"]
+__all__ = ["COMPILED_FROM_STEPS", "NARROWEST_FOR_BFLOAT16", "serving_dtype", "training_dtype", "worth_compiling"]
 
 NARROWEST_FOR_BFLOAT16 = 256
 """Width D from which matrix products dominate a step, so that faster ones are worth the casts around them."""
@@ -40,6 +42,15 @@ def training_dtype(precision: str, device: torch.device, width: int) -> torch.dt
     if precision == "float32" or (precision == "auto" and width < NARROWEST_FOR_BFLOAT16):
         return None
     return torch.bfloat16 if precision == "bfloat16" or _computes_in_bfloat16(device) else None
+
+
+def serving_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
+    """What weights are best loaded as for answering requests: bfloat16 where the processor computes in it.
+
+    Args:
+        device: Where the model will be.
+    """
+    return "bfloat16" if _computes_in_bfloat16(device) else "float32"
 
 
 def worth_compiling(device: torch.device, dtype: torch.dtype | None, steps: int) -> bool:

@@ -1,0 +1,157 @@
+"""Tokens per second of serving: rows that each carry another prompt, against one prompt, text, and transformers.
+
+The peer is transformers' static ``generate`` on the same weights: all rows in one batch that begins and ends together,
+every row's prefix stacked in front of it beforehand. It is what one can do without an engine, and the rows here suit
+it: as many as a batch has, of about one length, all continued by the same number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from softprompts.bench.cases import make_prompt
+from softprompts.bench.machine import machine, shape
+from softprompts.bench.measure import interleaved
+from softprompts.bench.plain import separate_model
+from softprompts.bench.workload import draw_rows
+from softprompts.errors import ConfigError
+from softprompts.inference import PromptPool, Request, SamplingOptions, ServingEngine, ServingLimits
+from softprompts.models import FrozenLM
+from softprompts.types import PromptStates
+
+__all__ = ["ServeBench", "measure_serving"]
+
+
+@dataclass(frozen=True)
+class ServeBench:
+    """What is measured, and how often."""
+
+    rows: int = 32
+    """Requests at once, each with a prompt of its own."""
+    length: int = 100
+    """P, and the tokens of the text that the prompts are compared with."""
+    new_tokens: int = 64
+    """Tokens per row, exactly: no row may end its text earlier."""
+    repeats: int = 5
+    seed: int = 0
+
+
+def measure_serving(
+    frozen: FrozenLM, bench: ServeBench, *, on_round: Callable[[int], object] | None = None
+) -> dict[str, Any]:
+    """Measure in one run; everybody takes turns on the same weights and inputs, greedily.
+
+    Args:
+        frozen: The model.
+        bench: What is measured.
+        on_round: Called with the number of every round.
+
+    Returns:
+        The report, ready for JSON. ``mixing_ratio`` is the time with as many prompts as rows over that with one
+        prompt; ``text_ratio`` the time with the prompts' tokens as text over that with prompts.
+
+    Raises:
+        ConfigError: A number is out of range.
+    """
+    if min(bench.rows, bench.length, bench.new_tokens, bench.repeats) < 1:
+        raise ConfigError("--rows, --length, --new-tokens and --repeats: expected 1 or more")
+    vocab_size = frozen.geometry.vocab_size
+    inputs = [row.ids[: row.target_start] for row in draw_rows(bench.rows, vocab_size=vocab_size, seed=bench.seed)]
+    words = torch.randint(vocab_size, (bench.length,), generator=torch.Generator().manual_seed(bench.seed)).tolist()
+    outputs: dict[str, list[tuple[int, ...]]] = {}
+    with PromptPool(frozen, budget_bytes=1 << 40) as pool:
+        for number in range(bench.rows):
+            pool.add(str(number), make_prompt(frozen, "prefix", bench.length, seed=bench.seed + number))
+        states = [pool.wait(str(number)) for number in range(bench.rows)]
+        engine = ServingEngine(frozen, pool, ServingLimits(bench.rows, max(512, bench.rows), 1 << 40))
+        peer = _Stacked(separate_model(frozen), frozen, states, bench.new_tokens)
+
+        def serve(name: str, prompts: Sequence[str | None], texts: Sequence[tuple[int, ...]]) -> None:
+            options = SamplingOptions(max_tokens=bench.new_tokens, min_tokens=bench.new_tokens)
+            pairs = enumerate(zip(texts, prompts, strict=True))
+            requests = [Request(str(number), ids, prompt, options) for number, (ids, prompt) in pairs]
+            outputs[name] = [output.ids for (output,) in engine.generate(requests)]
+
+        def theirs(_: int) -> None:
+            outputs["peer"] = peer.generate(inputs)
+
+        mixed = [str(number) for number in range(bench.rows)]
+        subjects: dict[str, Callable[[int], object]] = {
+            "mixed": lambda _: serve("mixed", mixed, inputs),
+            "peer": theirs,
+            "one_prompt": lambda _: serve("one_prompt", ["0"] * bench.rows, inputs),
+            "no_prompt": lambda _: serve("no_prompt", [None] * bench.rows, inputs),
+            "text": lambda _: serve("text", [None] * bench.rows, [(*words, *ids) for ids in inputs]),
+        }
+        spreads = interleaved(subjects, repeats=bench.repeats, device=frozen.device, on_round=on_round)
+    seconds = {name: spread.median for name, spread in spreads.items()}
+    tokens = bench.rows * bench.new_tokens
+    same = sum(mine == other for mine, other in zip(outputs["mixed"], outputs["peer"], strict=True))
+    return {
+        "case": f"serve-{bench.rows}",
+        "model": frozen.name,
+        "shape": shape(frozen),
+        "tokens_per_s": tokens / seconds["mixed"],
+        "peer_tokens_per_s": tokens / seconds["peer"],
+        "ratio_peer": seconds["peer"] / seconds["mixed"],
+        "mixing_ratio": seconds["mixed"] / seconds["one_prompt"],
+        "text_ratio": seconds["text"] / seconds["mixed"],
+        "no_prompt_tokens_per_s": tokens / seconds["no_prompt"],
+        "outputs_equal": same / bench.rows,
+        "peer": "transformers generate, prefixes stacked in one batch",
+        **{key: value for key, value in asdict(bench).items() if key != "length"},
+        "prompts": bench.rows,
+        "prompt_length": bench.length,
+        "precision": str(frozen.dtype).removeprefix("torch."),
+        "spread": {name: asdict(spread) for name, spread in spreads.items()},
+        **machine(frozen.device),
+    }
+
+
+class _Stacked:
+    """transformers' ``generate`` behind one prefix per row.
+
+    Args:
+        model: Nothing of ours in it.
+        frozen: Names the padding.
+        states: The rows' prefixes, all of one length.
+        new_tokens: Per row.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, frozen: FrozenLM, states: Sequence[PromptStates], new_tokens: int
+    ) -> None:
+        self._model, self._frozen, self._new_tokens = model, frozen, new_tokens
+        self._length = states[0].length
+        keys = [site.key for site in frozen.geometry.sites]
+        self._layers = [
+            tuple(torch.stack([state.keys_values[key][part] for state in states]) for part in (0, 1)) for key in keys
+        ]
+
+    @torch.no_grad()
+    def generate(self, inputs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Continue all inputs in one batch."""
+        pad, longest = self._frozen.pad_id, max(map(len, inputs))
+        # generate cuts off what the cache holds already: as many tokens of any kind stand for the prefix
+        rows = [[pad] * (self._length + longest - len(ids)) + list(ids) for ids in inputs]
+        seen = [[1] * self._length + [0] * (longest - len(ids)) + [1] * len(ids) for ids in inputs]
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(self._layers):
+            cache.update(keys, values, number)
+        ids_BS: Tensor = self._model.generate(  # type: ignore[operator]
+            input_ids=torch.tensor(rows, device=self._frozen.device),
+            attention_mask=torch.tensor(seen, device=self._frozen.device),
+            past_key_values=cache,
+            do_sample=False,
+            max_new_tokens=self._new_tokens,
+            min_new_tokens=self._new_tokens,
+            pad_token_id=pad,
+            eos_token_id=self._frozen.eos_id,
+        )
+        return [tuple(row) for row in ids_BS[:, self._length + longest :].tolist()]
