@@ -61,8 +61,8 @@ def judge(frozen: FrozenLM, prompts: Sequence[SoftPrompt], config: TaskConfig, j
 
     task = get_task(config)
     limited = dataclasses.replace(config, limit_train=judging.limit, limit_dev=judging.limit)
-    examples = task.load(judging.split, limited if judging.limit is not None else config)
     measure = measure_of(task, judging.measure)
+    examples = task.load(judging.split, limited if judging.limit is not None else config)
     prompted = PromptedLM(frozen, [prompt.fold() for prompt in prompts])
     score = _accuracies if measure == "accuracy" else _losses
     none, *scores = score(prompted, examples, task, config, judging.batch_size)

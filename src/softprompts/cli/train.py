@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -90,12 +90,7 @@ def train(
         write_json(json, foretell(config, console))
         return
     result = run_recipe(config, resume=resume, console=console)
-    for name, one in result["prompts"].items() if "prompts" in result else [("", result)]:
-        numbers = "  ".join(f"{metric} {value:.4g}" for metric, value in one["metrics"].items())
-        best = f"; best on dev at step {one['best_step']}: {numbers}" if numbers else ""
-        of = f"{name}: " if name else ""
-        console.print(f"{of}{one['steps']} steps in {one['seconds']:.0f} s ({one['reason']}){best}", markup=False)
-    console.print(f"saved in {result['saved'] if 'saved' in result else result['output_dir']}", markup=False)
+    _conclude(result, console)
     write_json(json, result)
 
 
@@ -146,6 +141,16 @@ def run_recipe(config: TrainRecipe, *, resume: bool = False, console: Console | 
         "tokens": tokens,
         "tokens_per_s": tokens / seconds if seconds else None,
     }
+
+
+def _conclude(result: Mapping[str, Any], console: Console) -> None:
+    """Say how it went and where the result is."""
+    for name, one in result["prompts"].items() if "prompts" in result else [("", result)]:
+        numbers = "  ".join(f"{metric} {value:.4g}" for metric, value in one["metrics"].items())
+        best = f"; best on dev at step {one['best_step']}: {numbers}" if numbers else ""
+        of = f"{name}: " if name else ""
+        console.print(f"{of}{one['steps']} steps in {one['seconds']:.0f} s ({one['reason']}){best}", markup=False)
+    console.print(f"saved in {result['saved'] if 'saved' in result else result['output_dir']}", markup=False)
 
 
 def _is_compiled(config: TrainRecipe, frozen: FrozenLM) -> bool:

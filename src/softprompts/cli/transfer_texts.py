@@ -95,12 +95,18 @@ def _inputs(config: MatchConfig, prompt: SoftPrompt, source: FrozenLM) -> list[E
     rows = encode_rows(inputs, task, source, task_config, with_target=False)
     answers: Sequence[tuple[int, ...]] = [(source.eos_id,)] * len(rows)
     if config.answers == "source":
-        answers = _answers(rows, task.decoding.max_new_tokens, prompt, source)
+        most = min(task.decoding.max_new_tokens, max(_room(config, row) for row in rows))
+        answers = _answers(rows, most, prompt, source)
     starts = [len(row.ids) if config.positions == "answer" else 1 for row in rows]
     return [
-        dataclasses.replace(row, ids=(*row.ids, *answer), target_start=start)
+        dataclasses.replace(row, ids=(*row.ids, *answer[: _room(config, row)]), target_start=start)
         for row, answer, start in zip(rows, answers, starts, strict=True)
     ]
+
+
+def _room(config: MatchConfig, row: Encoded) -> int:
+    """Tokens of an answer that a text has room for, one at least."""
+    return max(1, config.max_length - len(row.ids))
 
 
 def _answers(rows: Sequence[Encoded], most: int, prompt: SoftPrompt, source: FrozenLM) -> list[tuple[int, ...]]:
