@@ -188,8 +188,19 @@ def test_what_does_not_fit_is_refused(recipe: PretrainRecipe, tmp_path: Path) ->
     other = adapted(dataclasses.replace(recipe, model=longer), tmp_path, start_from=recipe.output.output_dir)
     with pytest.raises(CheckpointError, match="another tokenizer"):
         pretrain(other, report=quiet)
+    with pytest.raises(ConfigError, match=r"objective\.sentinels is 1, but a row of 32 tokens has 2 spans"):
+        Run(dataclasses.replace(recipe, objective=ObjectiveConfig(sentinels=1)), quiet)
     with pytest.raises(DataNotFoundError, match="holds no model"):
         pretrain(adapted(recipe, tmp_path, start_from=str(tmp_path / "nowhere")), report=quiet)
+
+
+def test_a_model_is_adapted_on_longer_rows_if_the_sentinels_are_as_many(recipe: PretrainRecipe, tmp_path: Path) -> None:
+    few = dataclasses.replace(recipe, objective=ObjectiveConfig(sentinels=5))
+    pretrain(with_training(few, total_tokens=ROW), report=quiet)
+    longer = dataclasses.replace(recipe, model=dataclasses.replace(SHAPE, context=64))
+    lm = adapted(longer, tmp_path, start_from=recipe.output.output_dir, total_tokens=4 * ROW)
+    lm = dataclasses.replace(lm, objective=ObjectiveConfig("prefix_lm", sentinels=5, target_tokens=8))
+    assert pretrain(lm, report=quiet).state.step == 2
 
 
 def test_runs_share_the_tokens_in_the_cache(recipe: PretrainRecipe, tmp_path: Path) -> None:

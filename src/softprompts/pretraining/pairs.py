@@ -167,11 +167,22 @@ def pairing(recipe: PretrainRecipe, vocab_size: int) -> Pairing:
 
 
 def sentinel_count(recipe: PretrainRecipe) -> int:
-    """How many sentinels the tokenizer of a model needs: as many as one of its rows has, 0 for decoders.
+    """How many sentinels a tokenizer has: ``objective.sentinels``, or as many as a row needs; 0 for decoders.
 
     LM adaptation uses none, but its tokenizer is that of the model that it starts from.
+
+    Raises:
+        ConfigError: ``objective.sentinels`` is less than span corruption needs.
     """
     if recipe.model.kind == "decoder":
         return 0
     objective = recipe.objective
-    return SpanCorruption(recipe.model.context, objective.noise_density, objective.mean_span_length, 0, 0).spans
+    spans = SpanCorruption(recipe.model.context, objective.noise_density, objective.mean_span_length, 0, 0).spans
+    if objective.sentinels is None:
+        return spans
+    if objective.sentinels < spans and recipe.objective_name == "span_corruption":
+        raise ConfigError(
+            f"objective.sentinels is {objective.sentinels}, but a row of {recipe.model.context} tokens has {spans} "
+            "spans; raise it, or leave it out"
+        )
+    return objective.sentinels

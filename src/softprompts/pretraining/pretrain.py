@@ -159,7 +159,9 @@ class Run:
         if recipe.model.kind == "decoder":  # as it was before there were other kinds: old checkpoints stay valid
             del shape["kind"], shape["decoder_layers"]
         else:
-            parts += [recipe.objective_name, to_dict(recipe.objective), recipe.training.start_from]
+            # ``sentinels`` came later: where it is left out, old checkpoints stay valid
+            objective = {k: v for k, v in to_dict(recipe.objective).items() if (k, v) != ("sentinels", None)}
+            parts += [recipe.objective_name, objective, recipe.training.start_from]
         text = json.dumps([*parts, recipe.training.seed, recipe.optimizer.matrices], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

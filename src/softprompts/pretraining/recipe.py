@@ -124,6 +124,9 @@ class ObjectiveConfig:
     target_tokens: int | None = None
     """``prefix_lm``: tokens that the decoder learns per row; the cut lies 1 to ``context - target_tokens`` tokens
     behind the row's start. ``None``: half the context."""
+    sentinels: int | None = None
+    """Sentinels of the tokenizer; ``None``: as many as a row needs. A model that is adapted on
+    longer rows than it was pretrained on needs the same number."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.noise_density < 1.0 or self.mean_span_length < 1.0:
