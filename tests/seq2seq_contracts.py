@@ -23,6 +23,7 @@ from family_contracts import COLUMNS, RIGHT, TOLERANCE, Cell, NotApplicableError
 from softprompts.config import PromptConfig, ReparamConfig
 from softprompts.errors import UnsupportedModelError
 from softprompts.models import FrozenLM
+from softprompts.models.implementation import implementations_of, restore_implementations, set_implementation
 from softprompts.prompted import PromptedLM
 from softprompts.prompts import SoftPrompt, build_prompt, prompt_from_table
 from softprompts.prompts.prefix import choose_layers
@@ -132,7 +133,7 @@ def eager_with_prefix(model: PreTrainedModel, prefix: Mapping[LayerKey, tuple[Te
     """Run a model in transformers' eager attention with keys and values in front of those of the text."""
     code = sys.modules[type(model).__module__]
     places = {module: place_of(name) for name, module in model.named_modules()}
-    plain, former = code.eager_attention_forward, model.config._attn_implementation
+    plain, former = code.eager_attention_forward, implementations_of(model)
 
     def widened(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
         place = places[module]
@@ -146,12 +147,12 @@ def eager_with_prefix(model: PreTrainedModel, prefix: Mapping[LayerKey, tuple[Te
         return plain(module, query, key, value, mask, **kwargs)
 
     code.eager_attention_forward = widened
-    model.set_attn_implementation("eager")
+    set_implementation(model, "eager")
     try:
         yield
     finally:
         code.eager_attention_forward = plain
-        model.set_attn_implementation(former)
+        restore_implementations(former)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -44,10 +44,17 @@ def test_every_contract_holds_or_the_model_is_refused(shape: str) -> None:
     subject = PairSubject(shape, with_end(byte_tokenizer()))
     cells = {column: judge_pair(subject, column) for column in PAIR_COLUMNS}
     others = {column: cell for column, cell in cells.items() if cell.verdict != RIGHT and column != "packed = padded"}
-    if shape in REFUSED:
+    if shape in REFUSED or (shape == "umt5" and not _is_causal_by_itself()):
         assert {cell.verdict for cell in cells.values()} == {"refused"}
     else:
         assert not others
+
+
+def _is_causal_by_itself() -> bool:
+    """Not in older releases of transformers (5.15): there, UMT5's decoder sees what it is to predict where no mask is
+    given, so that the model's own loss is wrong with plain sdpa."""
+    (attention,) = [layer.SelfAttention for layer in tiny_seq2seq("umt5").decoder.block[0].layer[:1]]
+    return bool(attention.is_causal)
 
 
 @cache

@@ -31,6 +31,7 @@ from softprompts.models.cache_route import (
 )
 from softprompts.models.geometry import new_cache, probe
 from softprompts.models.head import OwnHead, body_of
+from softprompts.models.implementation import set_implementation
 from softprompts.models.operators import register_operators
 from softprompts.models.packing import Packing
 from softprompts.models.slot_pass import SlotPass
@@ -64,7 +65,7 @@ class CausalModel:
         self.body = body_of(model)
         self.probed = probe(model, self.body, window=window)
         if not self.probed.through_attention and former != model.config._attn_implementation:
-            model.set_attn_implementation(former)
+            set_implementation(model, former)
         self.head = OwnHead(model, self.body)
         self._compiled: Callable[..., Any] | None = None
 
@@ -114,11 +115,11 @@ class CausalModel:
             logits: Tensor = self.model(**inputs).logits
             return logits.float()
         implementation = str(self.model.config._attn_implementation)
-        self.model.set_attn_implementation("eager")
+        set_implementation(self.model, "eager")
         try:
             logits = self.model(**inputs).logits
         finally:
-            self.model.set_attn_implementation(implementation)
+            set_implementation(self.model, implementation)
         return logits.float()
 
     def activations(self, embeddings_PD: Tensor) -> Mapping[LayerKey, tuple[Tensor, Tensor]]:

@@ -17,6 +17,7 @@ from softprompts.models.causal import CausalModel
 from softprompts.models.causal_check import packs_exactly, verify_causal
 from softprompts.models.encoder_decoder import EncoderDecoder
 from softprompts.models.identity import model_fingerprint, tokenizer_fingerprint
+from softprompts.models.implementation import implementations_of, restore_implementations, set_implementation
 from softprompts.models.loading import load_pretrained
 from softprompts.models.packing import Packing
 from softprompts.models.quantization import original_of
@@ -57,13 +58,15 @@ class FrozenLM:
         self.name = name or str(model.config._name_or_path or type(model).__name__)
         self._checkpointing = False
         self.training_dtype: torch.dtype | None = None
-        self._former_attention = str(model.config._attn_implementation)
+        self._former_attention = implementations_of(model)
         self.freeze()
         try:
             if model._can_set_attn_implementation():  # otherwise transformers only writes a warning
-                model.set_attn_implementation(IMPLEMENTATION)
+                set_implementation(model, IMPLEMENTATION)
             self.pair = EncoderDecoder(model, window=window) if model.config.is_encoder_decoder else None
-            self.causal = CausalModel(model, self._former_attention, window=window) if self.pair is None else None
+            self.causal = (
+                CausalModel(model, self._former_attention[model], window=window) if self.pair is None else None
+            )
             if self.pair is not None:
                 self.geometry, self.layer_of = self.pair.geometry, self.pair.layer_of
                 verify_seq2seq(self.pair, min(self.geometry.vocab_size, len(tokenizer)))
@@ -139,8 +142,7 @@ class FrozenLM:
 
     def release(self) -> PreTrainedModel:
         """Give the model back as it was handed in (its attention implementation included)."""
-        if self.model.config._attn_implementation != self._former_attention:
-            self.model.set_attn_implementation(self._former_attention)
+        restore_implementations(self._former_attention)
         return self.model
 
     def enable_gradient_checkpointing(self) -> None:

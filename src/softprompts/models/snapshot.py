@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from softprompts.models.dropout import noise_of
+from softprompts.models.implementation import implementations_of, restore_implementations
 
 __all__ = ["ModelSnapshot"]
 
@@ -24,13 +25,13 @@ class ModelSnapshot:
     """The switches of a model, its weights left out.
 
     Attributes:
-        attention: Its attention implementation.
+        attention: Per part its attention implementation.
         trainable: Per parameter whether it required a gradient.
         switches: Per module the values of its switches.
         hooked: Whether its embeddings were made to require a gradient.
     """
 
-    attention: str
+    attention: Mapping[PreTrainedModel, str]
     trainable: Mapping[nn.Parameter, bool]
     switches: Mapping[nn.Module, Mapping[str, Any]]
     hooked: bool
@@ -39,7 +40,7 @@ class ModelSnapshot:
     def of(cls, model: PreTrainedModel) -> Self:
         """Take the switches of ``model`` down."""
         return cls(
-            attention=str(model.config._attn_implementation),
+            attention=implementations_of(model),
             trainable={parameter: parameter.requires_grad for parameter in model.parameters()},
             switches={module: _switches(module) for module in model.modules()},
             hooked=_is_hooked(model),
@@ -59,8 +60,7 @@ class ModelSnapshot:
             for name, value in before.items():
                 if now.get(name, _MISSING) is not value:
                     setattr(module, name, value)
-        if str(model.config._attn_implementation) != self.attention:
-            model.set_attn_implementation(self.attention)
+        restore_implementations(self.attention)
 
 
 def _switches(module: nn.Module) -> dict[str, Any]:

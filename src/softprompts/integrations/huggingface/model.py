@@ -299,7 +299,7 @@ class PromptModel(PreTrainedModel):
 
 
 def _frozen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, before: ModelSnapshot) -> FrozenLM:
-    if before.attention == IMPLEMENTATION:
+    if before.attention[model] == IMPLEMENTATION:
         raise ConfigError(
             "this model is frozen for prompts already; attach further prompts to its FrozenLM (`attached.frozen`)"
         )
