@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
-from conftest import byte_tokenizer, tiny_model
+from conftest import SIZES, byte_tokenizer, tiny_model
 from serving_requests import expected, fifteen, pool_of_words, small, staggered, text_of, word_prompt, words
 from softprompts.config import DecodingConfig
 from softprompts.errors import ConfigError, LengthError, QueueFullError, UnknownPromptError
@@ -214,6 +215,21 @@ def test_what_cannot_be_answered_is_refused_before_anything_runs(served):
         engine.submit(Request("b", (1,), None, good))
     with pytest.raises(ConfigError, match="already"):
         engine.submit(Request("a1", (1,), None, good))
+
+
+def test_no_row_may_change_the_rotary_embedding_of_others():
+    """Scaled embeddings switch for the whole batch when one row is longer than the model's first training."""
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10_000.0}
+    config = transformers.Phi3Config(
+        **SIZES,
+        num_key_value_heads=2,
+        original_max_position_embeddings=64,
+        rope_parameters={**scaling, "original_max_position_embeddings": 64, "partial_rotary_factor": 1.0},
+    )
+    engine = ServingEngine(FrozenLM.from_model(transformers.Phi3ForCausalLM(config).eval(), byte_tokenizer()))
+    with pytest.raises(LengthError, match="there are 64"):
+        engine.submit(Request("a", (1,) * 60, None, SamplingOptions(max_tokens=5)))
+    engine.submit(Request("a", (1,) * 60, None, SamplingOptions(max_tokens=4)))
 
 
 @pytest.mark.parametrize(
