@@ -121,9 +121,7 @@ def test_when_the_engine_fails_everybody_is_told(served, monkeypatch):
     def explode():
         raise MemoryError("no more")
 
-    engine._forward.__class__ = type(
-        "Broken", (type(engine._forward),), {"__call__": lambda self, works: explode(works)}
-    )
+    monkeypatch.setattr(engine, "step", explode)
     with EngineThread(engine) as thread:
         thread.submit(Request("one", (65,), None, SamplingOptions(max_tokens=4, n=2)), events.put)
         told = [events.get(timeout=20) for _ in range(2)]
