@@ -50,6 +50,7 @@ VERBS = (
     Verb("library", "softprompts.cli.library", "library", "List and search a folder of prompts."),
     Verb("bench", "softprompts.cli.bench", "bench", "Measure speed against PEFT, the plain model and the floor."),
     Verb("convert", "softprompts.cli.convert", "convert", "Turn a saved prompt into PEFT's format, or back."),
+    Verb("serve", "softprompts.cli.serve", "serve", "Serve a model with all prompts of a folder; OpenAI's protocol."),
     Verb("ensemble train", "softprompts.cli.ensemble", "train", "Train several prompts of one task in one pass."),
     Verb("ensemble predict", "softprompts.cli.ensemble", "predict", "Lines in, lines out, all prompts in one pass."),
     Verb("ensemble evaluate", "softprompts.cli.ensemble", "evaluate", "Average, best prompt and ensemble on a task."),

@@ -1,0 +1,112 @@
+"""``/v1/completions`` and ``/v1/chat/completions``."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse
+
+from softprompts.server.answers import Answer, EventStream, Told, unless_gone
+from softprompts.server.failures import ApiError, from_validation
+from softprompts.server.protocol import ChatRequest, CompletionRequest, TextRequest
+from softprompts.server.service import Service
+from softprompts.server.wording import ChatWording, CompletionWording, Wording, sse, usage_of
+
+__all__ = ["chat", "completions", "read_body"]
+
+B = TypeVar("B", bound=Any)
+
+
+async def completions(request: HttpRequest) -> JSONResponse | EventStream:
+    """Continue texts."""
+    body = await read_body(request, CompletionRequest)
+    return await _answer(request, body, len(body.inputs), body.logprobs)
+
+
+async def chat(request: HttpRequest) -> JSONResponse | EventStream:
+    """Answer a conversation."""
+    body = await read_body(request, ChatRequest)
+    return await _answer(request, body, 1, (body.top_logprobs or 0) if body.logprobs else None)
+
+
+async def read_body(request: HttpRequest, cls: type[B]) -> B:
+    """Read and check a JSON body.
+
+    Raises:
+        ApiError: 415: it is not declared as JSON (so that no other site's page can send it); 400: it is none; 422: a
+            field is wrong.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "expected Content-Type: application/json", "unsupported_media_type")
+    try:
+        body: B = cls.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise from_validation(error) from error
+    return body
+
+
+async def _answer(
+    request: HttpRequest, body: CompletionRequest | ChatRequest, inputs: int, logprobs: int | None
+) -> JSONResponse | EventStream:
+    service: Service = request.app.state.service
+    key = request.state.key
+    prompt = service.catalog.resolve(body.model, key)
+    request.state.log |= {"model": body.model, "stream": bool(body.stream)}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(service.admission(key, inputs * body.outputs))
+        encoded = await service.encode(body)
+        answer = stack.enter_context(service.begin(service.requests(body, prompt, encoded, logprobs), body.model))
+        wording = _wording(service, body, logprobs is not None, request.state.request_id)
+        input_tokens = sum(len(ids) for ids in encoded)
+        request.state.log |= {"input_tokens": input_tokens}
+        if not body.stream:
+            outputs = await unless_gone(request, answer.outputs())
+            output_tokens = sum(len(output.ids) for output in outputs)
+            request.state.log |= {"output_tokens": output_tokens}
+            return JSONResponse(wording.whole(outputs, usage_of(input_tokens, output_tokens)))
+        # Until the first token there may still be an error with a status of its own.
+        first = await unless_gone(request, answer.more())
+        lines = _lines(answer, wording, first, input_tokens, body, request.state.log)
+        return EventStream(lines, stack.pop_all().close, service.settings.request_timeout_s)
+
+
+def _wording(service: Service, body: TextRequest, logprobs: bool, request_id: str) -> Wording:
+    is_chat = isinstance(body, ChatRequest)
+    head = {
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{request_id}",
+        "created": int(time.time()),
+        "model": body.model,
+    }
+    kind = ChatWording if is_chat else CompletionWording
+    return kind(head, service.thread.engine.token_text, logprobs=logprobs)
+
+
+async def _lines(
+    answer: Answer, wording: Wording, first: list[Told], input_tokens: int, body: TextRequest, log: dict[str, Any]
+) -> AsyncIterator[bytes]:
+    """The events of a stream, those that come together in one piece."""
+    output_tokens, told = 0, first
+    opening = wording.opening(answer.count)
+    try:
+        while told:
+            output_tokens += sum(len(one.event.ids) for one in told)
+            chunks = [wording.chunk(one.choice, one.event) for one in told]
+            piece = b"".join(sse(chunk) for chunk in (*opening, *chunks) if chunk is not None)
+            opening = []
+            if piece:
+                yield piece
+            told = await answer.more()
+    except ApiError as error:
+        log |= {"stream_error": error.code}
+        yield sse(error.body())
+    else:
+        if body.stream_options is not None and body.stream_options.include_usage:
+            yield sse(wording.count(usage_of(input_tokens, output_tokens)))
+    log |= {"output_tokens": output_tokens}
+    yield sse("[DONE]")
