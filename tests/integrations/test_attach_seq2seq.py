@@ -20,6 +20,7 @@ from softprompts.errors import ConfigError, LengthError, UnsupportedModelError
 from softprompts.inference import Engine
 from softprompts.integrations.huggingface import PromptedForCausalLM, PromptedForSeq2SeqLM, attach, detach
 from softprompts.models import FrozenLM
+from softprompts.models.implementation import set_implementation
 from softprompts.prompted import PromptedLM
 from softprompts.prompts import SoftPrompt, prompt_from_table
 from softprompts.storage import load_prompt
@@ -61,7 +62,8 @@ def generated(model: Any, rows: list[list[int]], side: str = "right", **options:
 
 
 def until_the_end(ids: list[int]) -> list[int]:
-    return ids[: ids.index(256)] if 256 in ids else ids
+    """Without the end and the pads behind it (Seq2SeqTrainer may pad rows that have no end)."""
+    return ids[: min((ids.index(end) for end in (256, 257) if end in ids), default=len(ids))]
 
 
 def own(
@@ -96,12 +98,14 @@ def test_logits_and_loss_are_ours_whichever_side_is_padded(shape: str, kind: str
 def test_disabled_it_is_the_base_model_bit_for_bit(shape: str) -> None:
     model, base = attached(shape), tiny_seq2seq(shape)
     base.generation_config.forced_eos_token_id = None
+    if shape == "t5gemma":  # capped scores: some releases load it with sdpa, which leaves the cap out
+        set_implementation(base, "eager")
     labels = batch_of(ROWS, TARGETS, [0, 0, 0]).targets_BU
     with torch.no_grad():
         expected = base(**text(ROWS), labels=labels)
         with model.disable():
             outputs = model(**text(ROWS), labels=labels)
-        if shape == "t5gemma":  # loaded with eager attention, because of its capped scores
+        if shape == "t5gemma":  # another kernel: equal, not bit for bit
             torch.testing.assert_close(outputs.logits, expected.logits, rtol=1e-5, atol=1e-5)
         else:
             assert torch.equal(outputs.logits, expected.logits)

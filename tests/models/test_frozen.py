@@ -44,7 +44,8 @@ def test_gradient_checkpointing_changes_nothing(family: str) -> None:
             results.append((loss.detach(), next(p.grad for p in prompt.parameters())))
         torch.testing.assert_close(results[0][0], results[1][0])
         torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-7)
-    assert saving.model.is_activation_checkpointing
+    older = getattr(saving.model, "is_gradient_checkpointing", False)  # what it is called in older releases
+    assert getattr(saving.model, "is_activation_checkpointing", older)
 
 
 def test_gradient_checkpointing_really_recomputes() -> None:
