@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from conftest import ZOO, byte_tokenizer, tiny_model
+from conftest import SIZES, ZOO, byte_tokenizer, tiny_model
 from softprompts.errors import ConfigError, DataNotFoundError, LengthError, PromptMismatchError, UnsupportedModelError
 from softprompts.models import FrozenLM
 from softprompts.prompted import PromptedLM
@@ -44,8 +44,8 @@ def test_gradient_checkpointing_changes_nothing(family: str) -> None:
             results.append((loss.detach(), next(p.grad for p in prompt.parameters())))
         torch.testing.assert_close(results[0][0], results[1][0])
         torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-7)
-    older = getattr(saving.model, "is_gradient_checkpointing", False)  # what it is called in older releases
-    assert getattr(saving.model, "is_activation_checkpointing", older)
+    named_so = hasattr(saving.model, "is_activation_checkpointing")  # not in older releases of transformers
+    assert getattr(saving.model, "is_activation_checkpointing" if named_so else "is_gradient_checkpointing")
 
 
 def test_gradient_checkpointing_really_recomputes() -> None:
@@ -181,3 +181,16 @@ def test_common_ids_leave_out_specials_and_broken_bytes(tiny_frozen: Callable[[s
     assert len(ids) == 50
     assert not set(ids) & {256, 257}
     assert all(frozen.tokenizer.decode([token]).strip() for token in ids)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic", "default"])
+def test_no_row_may_change_the_rotary_embedding_of_others(kind: str) -> None:
+    """Scaled embeddings switch for a whole batch when one row is longer than the model's first training."""
+    rope = {"rope_type": kind, "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 64}
+    if kind == "dynamic":
+        rope |= {"factor": 4.0, "original_max_position_embeddings": 64}
+    config = transformers.LlamaConfig(**SIZES, rope_parameters=rope)
+    frozen = FrozenLM.from_model(transformers.LlamaForCausalLM(config).eval(), byte_tokenizer())
+    assert frozen.geometry.max_positions == (256 if kind == "default" else 64)

@@ -85,7 +85,7 @@ class SlotForward:
     @property
     def longest(self) -> int | None:
         """What the model was made for, or less where the memory holds less."""
-        limit = _steady_positions(self._frozen)
+        limit = self._frozen.geometry.max_positions
         return self.memory.longest if limit is None else min(limit, self.memory.longest)
 
     @property
@@ -147,7 +147,7 @@ class StaticForward:
         self._frozen, self._prompted = frozen, PromptedLM(frozen)
         self.memory = _NoLimit()
         if frozen.pair is None:
-            self.longest = _steady_positions(frozen)
+            self.longest = frozen.geometry.max_positions
         self._rows: list[Track] = []
         self._state: DecodeState | Seq2SeqState | None = None
 
@@ -185,19 +185,3 @@ class StaticForward:
             self._rows = tracks
         tokens_R = torch.tensor([track.tokens[-1] for track in tracks], device=self._frozen.device)
         return self._prompted.step(tokens_R, self._state)
-
-
-def _steady_positions(frozen: FrozenLM) -> int | None:
-    """Positions within which a row's rotary embedding depends on no other row; ``None`` for any number.
-
-    Two kinds of scaling change the embedding of all rows as soon as one of them goes beyond the length of the first
-    training (``dynamic_rope_update`` of transformers), so none may.
-    """
-    limit = frozen.geometry.max_positions
-    config = frozen.model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None)
-    if not isinstance(rope, dict) or rope.get("rope_type") not in ("dynamic", "longrope"):
-        return limit
-    first = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    lengths = [int(length) for length in (limit, first) if length]
-    return min(lengths) if lengths else None

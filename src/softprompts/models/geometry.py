@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from softprompts.errors import UnsupportedModelError
 from softprompts.models.attention import Seen, Steering
@@ -109,17 +109,29 @@ def probe(model: PreTrainedModel, body: nn.Module, *, window: str | None = None)
         windows = own_windows(model.config, len(held))
         sites = [_site(number, *pair, windows[number]) for number, pair in enumerate(held)]
     embedding = model.get_input_embeddings()
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT
     geometry = Geometry(
         family=family,
         width=int(embedding(torch.zeros(1, 1, dtype=torch.long, device=model.device)).shape[-1]),
         vocab_size=_rows(embedding),
-        max_positions=int(limit) if limit else None,
+        max_positions=_steady_positions(model.config.get_text_config()),
         sites=tuple(sites),
         prompt_scrolls=_scrolls(family, sites, bool(steering.seen) and not stateful, window),
     )
     return Probed(geometry, layer_of, bool(steering.seen), stateful, takes_embeddings, cache_name, names)
+
+
+def _steady_positions(config: PreTrainedConfig) -> int | None:
+    """Positions within which what a row computes depends on no other row; ``None`` for any number.
+
+    Two kinds of scaled rotary embeddings switch, for the whole batch, as soon as one row goes beyond the length of the
+    model's first training (``dynamic_rope_update`` of transformers). So none may: a batch equals its rows one by one.
+    """
+    limits = [getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)]  # MPT
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # some have one per layer type
+        if one.get("rope_type") in ("dynamic", "longrope"):
+            limits += [holder.get("original_max_position_embeddings") for holder in (one, vars(config))]
+    return min((int(limit) for limit in limits if limit), default=None)
 
 
 def new_cache(model: PreTrainedModel) -> Cache:
