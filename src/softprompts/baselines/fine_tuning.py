@@ -1,10 +1,10 @@
-"""Full fine-tuning: every weight of a copy of the model is trained, on the same rows and by the same loop."""
+"""Fine-tuning: weights of a copy of the model are trained, all or some, on the same rows and by the same loop."""
 
 from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, final
 
@@ -30,6 +30,7 @@ class FineTuningObjective:
         frozen: The model to start from, in float32.
         reduction: How token losses become one number; see :func:`softprompts.training.batch_loss`.
         z_loss: Of the training loss; what is measured (:meth:`losses`) is the cross-entropy alone.
+        only: Names of the weights that are trained (:func:`softprompts.baselines.top_parameters`); ``None`` for all.
 
     Raises:
         ConfigError: The weights are quantized, so that most of them cannot be trained.
@@ -41,6 +42,7 @@ class FineTuningObjective:
         reduction: Literal["token_mean", "sentence_sum"] = "token_mean",
         *,
         z_loss: float = 0.0,
+        only: Collection[str] | None = None,
     ) -> None:
         if frozen.quantization is not None:
             raise ConfigError(
@@ -48,14 +50,19 @@ class FineTuningObjective:
                 "with model.quantization: null, or train a prompt"
             )
         self.tuned = FrozenLM.from_model(copy.deepcopy(frozen.model), frozen.tokenizer, name=f"{frozen.name}-tuned")
-        self.tuned.model.requires_grad_(True)
+        self.trained: dict[str, nn.Parameter] = {
+            name: weight for name, weight in self.tuned.model.named_parameters() if only is None or name in only
+        }
+        for weight in self.trained.values():
+            weight.requires_grad_(True)
+        self.is_whole = only is None
         self.prompted = PromptedLM(self.tuned, [])
         self.reduction = reduction
         self.z_loss = z_loss
 
     def parameters(self) -> list[nn.Parameter]:
-        """All weights, tied ones once."""
-        return list(self.tuned.model.parameters())
+        """The weights that are trained, tied ones once."""
+        return list(self.trained.values())
 
     def loss(self, batch: Batch) -> StepLoss:
         """Loss of one batch, with gradient to the weights; prompts that the rows name are left out."""
@@ -68,8 +75,8 @@ class FineTuningObjective:
             yield batch_loss(self.prompted, plain, self.reduction)
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Copy of all weights."""
-        return {name: value.detach().cpu().clone() for name, value in self.tuned.model.named_parameters()}
+        """Copy of the weights that are trained."""
+        return {name: value.detach().cpu().clone() for name, value in self.trained.items()}
 
     @torch.no_grad()
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
@@ -78,7 +85,7 @@ class FineTuningObjective:
         Raises:
             CheckpointError: It belongs to another model.
         """
-        own = dict(self.tuned.model.named_parameters())
+        own = self.trained
         if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in state.items()}:
             raise CheckpointError(
                 "the checkpoint holds the weights of another model than the recipe's; resume with the recipe of that "

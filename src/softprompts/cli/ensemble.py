@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from softprompts.cli.evaluate import read_lines, recipe_of
+from softprompts.cli.evaluate import recipe_of
+from softprompts.cli.generate import read_lines
 from softprompts.cli.loading import TargetOption, TemplateOption, template_overrides
 from softprompts.cli.output import JsonOption, console_for, write_json
 from softprompts.errors import ConfigError, DataError

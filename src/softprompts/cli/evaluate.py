@@ -1,12 +1,10 @@
-"""``softprompts evaluate`` and ``softprompts generate``: what a saved prompt does."""
+"""``softprompts evaluate``: how good a saved prompt is, or what it is judged against."""
 
 from __future__ import annotations
 
 import contextlib
-import json as json_module
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,27 +12,30 @@ import typer
 
 from softprompts.cli.loading import TargetOption, TemplateOption, template_overrides
 from softprompts.cli.output import JsonOption, console_for, write_json
-from softprompts.config import DecodingConfig, TaskConfig, TrainRecipe, decode, override, to_dict
-from softprompts.errors import ArtifactError, ConfigError, DataError, DataNotFoundError, nearest
+from softprompts.cli.steering import peak_memory_bytes, saved_recipe, steer
+from softprompts.config import DecodingConfig, TaskConfig, TrainRecipe, load_recipe, override, to_dict
+from softprompts.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from softprompts.baselines.few_shot import FewShot
+    from softprompts.cli.loading import Encoder
+    from softprompts.cli.steering import Steered
     from softprompts.evaluation.classification import Majority
     from softprompts.evaluation.evaluate import EvaluationReport
     from softprompts.evaluation.predict import Ranking
     from softprompts.models import FrozenLM
-    from softprompts.storage.manifest import PromptInfo
     from softprompts.tasks.task import Task
     from softprompts.types import Encoded, Example
 
-__all__ = ["evaluate", "generate", "read_lines", "recipe_of"]
+__all__ = ["ModelOption", "SetOption", "evaluate", "names_task", "recipe_of", "report_of", "with_decoding"]
 
-_ModelOption = Annotated[
+ModelOption = Annotated[
     str | None,
     typer.Option("--model", metavar="MODEL", help="Name, directory or 'bundled' (default: that of the prompt)."),
 ]
-_SetOption = Annotated[
+SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Change a value: decoding.beams=3, task.test=FILE; repeatable."),
 ]
@@ -43,18 +44,27 @@ _SHOWN_SAMPLES = 3
 
 def evaluate(
     prompt: Annotated[
-        Path | None, typer.Option("--prompt", metavar="DIR", help="A saved prompt (default: the frozen model alone).")
+        Path | None,
+        typer.Option(
+            "--prompt", metavar="DIR", help="A saved prompt, or tuned weights (default: the frozen model alone)."
+        ),
     ] = None,
-    model: _ModelOption = None,
+    model: ModelOption = None,
     task: Annotated[
         str | None, typer.Option("--task", metavar="TASK", help="Name of the task (default: the prompt's own).")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", metavar="FILE", help="In place of a prompt: a recipe of few_shot.")
+    ] = None,
+    few_shot: Annotated[
+        int | None, typer.Option("--few-shot", metavar="K", min=0, help="Solved examples in front; seed: --seed.")
     ] = None,
     split: Annotated[str, typer.Option("--split", help="train, dev or test.")] = "test",
     format: TemplateOption = None,
     target: TargetOption = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="A random sample of so many records.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of sampling and of the bootstrap.")] = 0,
-    set_: _SetOption = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of sampling, bootstrap and examples.")] = 0,
+    set_: SetOption = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Where samples.jsonl and evaluation.json go.")
     ] = None,
@@ -66,29 +76,40 @@ def evaluate(
     and by the label that it finds likeliest (ranked/...); --set evaluation.prediction=generate or rank takes one of
     them. What the most common label would get stands beside it (majority/...).
     """
-    recipe = recipe_of(prompt, model, task, [*template_overrides(format, target), *(set_ or [])])
+    config = recipe_of(prompt, model, task, [*template_overrides(format, target), *(set_ or [])], recipe)
+    if few_shot is not None:
+        config = replace(config, method="few_shot", few_shot=replace(config.few_shot, count=few_shot, seed=seed))
     if limit is not None:
-        recipe = replace(recipe, task=replace(recipe.task, limit_train=limit, limit_dev=limit))
+        config = replace(config, task=replace(config.task, limit_train=limit, limit_dev=limit))
     console = console_for(json)
 
     from softprompts.evaluation.evaluate import write_report
 
-    report = _report(recipe, split, prompt, seed, console)
+    report = report_of(config, split, prompt, seed, console)
     _show(report, console)
     if output is not None:
         console.print(f"written to {write_report(report, output)}", markup=False)
     write_json(json, report.to_dict())
 
 
-def _report(recipe: TrainRecipe, split: str, prompt: Path | None, seed: int, console: Console) -> EvaluationReport:
-    """Load what a recipe names, answer every record, and score."""
+def report_of(recipe: TrainRecipe, split: str, prompt: Path | None, seed: int, console: Console) -> EvaluationReport:
+    """Load what a recipe names, answer every record, and score.
+
+    Args:
+        recipe: Model, task and evaluation.
+        split: train, dev or test.
+        prompt: Directory of a prompt or of tuned weights, for this model; ``None`` for the model alone.
+        seed: Of sampling and of the bootstrap.
+        console: Where progress is shown.
+
+    Raises:
+        SoftPromptsError: What records, model and prompt can lead to.
+    """
     from rich.progress import Progress
 
-    from softprompts.cli.loading import encode_rows, load_frozen
+    from softprompts.cli.loading import load_frozen
     from softprompts.evaluation.evaluate import evaluate as run
     from softprompts.inference import Engine
-    from softprompts.prompted import PromptedLM
-    from softprompts.storage.artifact import load_prompt
     from softprompts.tasks import get_task
 
     chosen, way = get_task(recipe.task), recipe.evaluation.prediction
@@ -97,26 +118,70 @@ def _report(recipe: TrainRecipe, split: str, prompt: Path | None, seed: int, con
     if not scored:
         console.print(f"the labels of the {split} split are secret: nothing is scored", markup=False)
     frozen = load_frozen(recipe.model)
-    loaded = None if prompt is None else load_prompt(prompt, frozen)
-    own = -1 if loaded is None else 0
-    inputs = encode_rows(examples, chosen, frozen, recipe.task, prompt=own, with_target=False)
-    ranking = _ranking(inputs, chosen, frozen, recipe)
+    steered = steer([] if prompt is None else [prompt], frozen)
+    encode, decoding, few_shot = _laid_out(recipe, chosen, steered, prompt, examples)
+    inputs = encode(examples, with_target=False)
+    ranking = _ranking(inputs, chosen, steered.prompted.frozen, recipe, encode)
     with Progress(console=console, transient=True) as progress:
         ways = (way != "rank") + (ranking is not None)
         bar = progress.add_task("answering", total=len(examples) * ways)
-        return run(
-            Engine(PromptedLM(frozen, [] if loaded is None else [loaded.prompt])),
+        report = run(
+            Engine(steered.prompted),
             inputs,
-            encode_rows(examples, chosen, frozen, recipe.task, prompt=own) if scored else None,
+            encode(examples, with_target=True) if scored else None,
             metrics=(recipe.evaluation.metrics or chosen.metrics) if scored else (),
-            decoding=recipe.evaluation.decoding,
+            decoding=decoding,
             generating=way != "rank",
             ranking=ranking,
             majority=_majority(chosen, recipe.task, split, examples) if scored else None,
             seed=seed,
-            facts=_facts(chosen, split, recipe, frozen, prompt, None if loaded is None else loaded.info),
+            facts=_facts(chosen, split, recipe, frozen, steered) | {"few_shot": few_shot},
             on_progress=lambda count: progress.advance(bar, count),
         )
+    return replace(report, facts={**report.facts, "peak_memory_bytes": peak_memory_bytes(frozen)})
+
+
+def _laid_out(
+    recipe: TrainRecipe, task: Task, steered: Steered, prompt: Path | None, examples: Sequence[Example]
+) -> tuple[Encoder, DecodingConfig, dict[str, Any] | None]:
+    """Say how examples become rows, with the prompt or with solved examples, and how outputs of theirs are generated.
+
+    Raises:
+        ConfigError: There are a prompt and solved examples, or too few of these.
+        LengthError: An input does not fit.
+    """
+    from softprompts.cli.loading import encode_rows
+
+    frozen, decoding = steered.prompted.frozen, recipe.evaluation.decoding
+    if recipe.method == "few_shot":
+        if prompt is not None:
+            raise ConfigError(
+                "a prompt was learned without solved examples in front; give --prompt or --few-shot alone"
+            )
+        shown = _few_shot(recipe, task, frozen, examples)
+        return shown.encode, replace(decoding, stop=(*decoding.stop, *shown.stop)), shown.summary(examples)
+    own = -1 if prompt is None else steered.prompt_of(0)
+
+    def encode(examples: Sequence[Example], *, with_target: bool) -> list[Encoded]:
+        return encode_rows(examples, task, frozen, recipe.task, prompt=own, with_target=with_target)
+
+    return encode, decoding, None
+
+
+def _few_shot(recipe: TrainRecipe, task: Task, frozen: FrozenLM, examples: Sequence[Example]) -> FewShot:
+    """Draw solved examples from the training split; a limit of the records that are judged does not limit it."""
+    from softprompts.baselines.few_shot import FewShot
+    from softprompts.tasks.encode import encode_choices
+
+    evaluation = recipe.evaluation
+    answered = [replace(one, choices=(*one.choices, one.target)) for one in examples]
+    marks: dict[str, Any] = {"eos_id": frozen.eos_id, "bos_ids": frozen.bos_ids, "end_ids": frozen.end_ids}
+    answers = encode_choices(answered, task.format, frozen.tokenize, **marks)
+    room = max(len(ids) for own in answers for ids in own)
+    if evaluation.prediction != "rank":
+        room = max(room, evaluation.decoding.max_new_tokens)
+    pool = task.load("train", replace(recipe.task, limit_train=None)) if recipe.few_shot.count else []
+    return FewShot(pool, task, frozen, recipe.few_shot, recipe.task, room=room)
 
 
 def _keeps_labels_secret(examples: Sequence[Example]) -> bool:
@@ -125,14 +190,16 @@ def _keeps_labels_secret(examples: Sequence[Example]) -> bool:
     return any(UNLABELLED in (example.target, *example.references) for example in examples)
 
 
-def _ranking(inputs: Sequence[Encoded], task: Task, frozen: FrozenLM, recipe: TrainRecipe) -> Ranking | None:
+def _ranking(
+    inputs: Sequence[Encoded], task: Task, frozen: FrozenLM, recipe: TrainRecipe, encode: Encoder
+) -> Ranking | None:
     """Encode the choices of the inputs, where they have some and are to be ranked."""
     from softprompts.cli.loading import ranking_of
 
     evaluation = recipe.evaluation
     if evaluation.prediction == "generate":
         return None
-    ranking = ranking_of(inputs, task, frozen, recipe.task, evaluation.ranking)
+    ranking = ranking_of(inputs, task, frozen, recipe.task, evaluation.ranking, encode)
     if evaluation.prediction == "rank" and ranking is None:
         raise ConfigError(f"task '{task.name}' has no choices to rank: set evaluation.prediction=generate")
     return ranking
@@ -150,10 +217,14 @@ def _majority(task: Task, config: TaskConfig, split: str, examples: Sequence[Exa
     return majority_of(examples, split)
 
 
-def recipe_of(prompt: Path | None, model: str | None, task: str | None, overrides: Sequence[str]) -> TrainRecipe:
-    """Put the recipe of an evaluation together: the prompt's own, then the options, then the overrides."""
-    recipe = TrainRecipe() if prompt is None else _saved_recipe(prompt)
-    if task is None and not _names_task(recipe):
+def recipe_of(
+    prompt: Path | None, model: str | None, task: str | None, overrides: Sequence[str], file: Path | None = None
+) -> TrainRecipe:
+    """Put the recipe of an evaluation together: the prompt's own, or a file, then the options, then the overrides."""
+    recipe = TrainRecipe() if prompt is None else saved_recipe(prompt)
+    if file is not None:
+        recipe = _few_shot_recipe(file, prompt)
+    if task is None and not names_task(recipe):
         raise ConfigError("no task is named: give --task, such as --task gazette, or a prompt that was trained on one")
     if task is not None and task != recipe.task.name:
         recipe = replace(recipe, task=TaskConfig(name=task), evaluation=TrainRecipe().evaluation)
@@ -161,68 +232,61 @@ def recipe_of(prompt: Path | None, model: str | None, task: str | None, override
     if not name:
         raise ConfigError(f"it is not on record which model the prompt in '{prompt}' is for: name it with --model")
     recipe = replace(recipe, model=replace(recipe.model, name_or_path=name, gradient_checkpointing=False))
-    return _with_decoding(recipe, overrides)
+    return with_decoding(recipe, overrides)
 
 
-def _with_decoding(recipe: TrainRecipe, overrides: Sequence[str]) -> TrainRecipe:
+def _few_shot_recipe(file: Path, prompt: Path | None) -> TrainRecipe:
+    recipe = load_recipe(file, TrainRecipe)
+    if prompt is not None or recipe.method != "few_shot":
+        raise ConfigError(
+            f"--recipe takes one with method few_shot, in place of --prompt; method '{recipe.method}' of '{file}' is "
+            "for `softprompts train`, and what comes of it for --prompt or --model"
+        )
+    return recipe
+
+
+def with_decoding(recipe: TrainRecipe, overrides: Sequence[str]) -> TrainRecipe:
     """Apply overrides on top of the recipe's decoding or, where it says nothing about it, of the task's."""
     from softprompts.tasks import get_task
 
     overrides = [f"evaluation.{text}" if text.startswith("decoding.") else text for text in overrides]
     final = override(recipe, overrides)
-    if recipe.evaluation.decoding != DecodingConfig() or not _names_task(final):
+    if recipe.evaluation.decoding != DecodingConfig() or not names_task(final):
         return final
     own = get_task(final.task).decoding
     return override(replace(recipe, evaluation=replace(recipe.evaluation, decoding=own)), overrides)
 
 
-def _names_task(recipe: TrainRecipe) -> bool:
+def names_task(recipe: TrainRecipe) -> bool:
     """Whether a recipe says anything about its task; the default is 'records' without any."""
     return recipe.task != TaskConfig()
 
 
-def _saved_recipe(prompt: Path) -> TrainRecipe:
-    """Read the recipe of a prompt; one that was saved without says at least which model, and perhaps which task."""
-    from softprompts.storage.artifact import read_info
-
-    info = read_info(prompt)
-    if info.origin.recipe is None:
-        model = replace(TrainRecipe().model, name_or_path=info.model.name)
-        task = TaskConfig() if info.origin.task is None else TaskConfig(name=info.origin.task)
-        return replace(TrainRecipe(), model=model, task=task)
-    try:
-        return decode(TrainRecipe, info.origin.recipe)
-    except ConfigError as error:
-        raise ArtifactError(f"the recipe in '{prompt}/prompt.json' is none of this version: {error}") from error
-
-
-def _facts(
-    task: Task, split: str, recipe: TrainRecipe, frozen: FrozenLM, prompt: Path | None, info: PromptInfo | None
-) -> dict[str, Any]:
+def _facts(task: Task, split: str, recipe: TrainRecipe, frozen: FrozenLM, steered: Steered) -> dict[str, Any]:
     from softprompts import __version__
 
-    facts: dict[str, Any] = {
+    alone = steered.facts is None and recipe.method == "prompt"
+    return {
+        "method": None if alone else recipe.method,
         "task": task.name,
         "split": split,
         "setting": to_dict(recipe.task.setting),
         "limit": recipe.task.limit_train if split == "train" else recipe.task.limit_dev,
         "model": {"name": frozen.name, "fingerprint": frozen.fingerprint, "parameters": frozen.parameter_count},
-        "prompt": None,
+        "prompt": steered.facts,
+        "stored_parameters": _stored_parameters(recipe, frozen, steered),
         "dtype": recipe.model.dtype,
         "quantization": recipe.model.quantization,
         "device": str(frozen.device),
         "version": __version__,
     }
-    if info is not None:
-        facts["prompt"] = {
-            "directory": str(prompt),
-            "kind": info.kind,
-            "placement": info.placement,
-            "length": info.length,
-            "stored_parameters": info.parameters.stored,
-            "sha256": info.tensors.sha256,
-        }
-    return facts
+
+
+def _stored_parameters(recipe: TrainRecipe, frozen: FrozenLM, steered: Steered) -> int:
+    """Count the numbers that are kept for this task beside the frozen model."""
+    if steered.facts is None:
+        return frozen.parameter_count if recipe.method == "fine_tuning" else 0
+    return int(steered.facts["stored_parameters"])
 
 
 def _show(report: EvaluationReport, console: Console) -> None:
@@ -253,128 +317,3 @@ def _notes(report: EvaluationReport) -> Iterator[str]:
     cut = sum(one.finished is False for one in report.predictions)
     length = f"; {cut} outputs were cut at {report.decoding.max_new_tokens} tokens" if report.generated else ""
     yield f"{records} records in {sum(report.seconds.values()):.1f} s{length}"
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# generate
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Request:
-    """One line of input."""
-
-    input: str
-    prompt: int
-    """Index into the prompts, -1 for none."""
-
-
-def generate(
-    file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="Lines of input (default: standard input).")
-    ] = None,
-    prompt: Annotated[
-        list[Path] | None, typer.Option("--prompt", metavar="DIR", help="A saved prompt; repeatable.")
-    ] = None,
-    model: _ModelOption = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of sampling.")] = 0,
-    set_: _SetOption = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Take the lines as they are, add no separator.")] = False,
-    jsonl: Annotated[bool, typer.Option("--jsonl", help="One JSON object per line, with log-probability.")] = False,
-) -> None:
-    r"""Lines in, lines out.
-
-    A line is plain text, for the only prompt given, or a JSON object that names its prompt by the last part of its
-    directory: {"prompt": "notices", "input": "name : Blue Spice"}. {"prompt": null} asks the frozen model alone.
-    Lines with different prompts share batches. What follows an input in the prompt's task (a line break, say) is added.
-    """
-    directories = prompt or []
-    names = _prompt_names(directories)
-    saved = [_saved_recipe(path) for path in directories] or [TrainRecipe()]
-    recipes = [_with_decoding(recipe, set_ or []) for recipe in saved]
-    requests = list(_read_requests(read_lines(file), str(file or "standard input"), names))
-
-    from softprompts.cli.loading import load_frozen
-    from softprompts.inference import Engine
-    from softprompts.prompted import PromptedLM
-    from softprompts.storage.artifact import load_prompt
-
-    config = recipes[0].model
-    frozen = load_frozen(replace(config, name_or_path=model or config.name_or_path, gradient_checkpointing=False))
-    engine = Engine(PromptedLM(frozen, [load_prompt(path, frozen).prompt for path in directories]))
-    rows = [_encode(request, recipes[max(request.prompt, 0)], frozen, raw) for request in requests]
-    # Rows of one batch share their decoding options; prompts of one task usually do.
-    decodings = [recipes[max(request.prompt, 0)].evaluation.decoding for request in requests]
-    texts: dict[int, str] = {}
-    states = engine.fold()
-    for decoding in dict.fromkeys(decodings):
-        indices = [index for index, own in enumerate(decodings) if own == decoding]
-        outputs = engine.generate([rows[index] for index in indices], decoding, states=states, seed=seed)
-        for index, one in zip(indices, outputs, strict=True):
-            name = names[requests[index].prompt] if requests[index].prompt >= 0 else None
-            line = {"prompt": name, "input": requests[index].input, "output": one.text.strip()}
-            more = {"logprob": one.logprob, "finished": one.finished}
-            full = json_module.dumps({**line, **more}, ensure_ascii=False)
-            texts[index] = full if jsonl else " ".join(one.text.split())
-    sys.stdout.writelines(texts[index] + "\n" for index in range(len(requests)))
-
-
-def _prompt_names(directories: Sequence[Path]) -> list[str]:
-    names = [path.resolve().name for path in directories]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"two prompts are called '{twice}' (the last part of their directories); rename one of them")
-    return names
-
-
-def read_lines(file: Path | None) -> list[str]:
-    """Read the lines of a file, or of standard input for ``None`` and ``-``."""
-    try:
-        text = sys.stdin.read() if file is None or str(file) == "-" else file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataNotFoundError(f"'{file}' cannot be read: {error.strerror or error}; give a file of lines") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"'{file or 'standard input'}' is no text in UTF-8: {error}") from error
-    return text.removesuffix("\n").split("\n") if text else []
-
-
-def _read_requests(lines: Sequence[str], place: str, names: Sequence[str]) -> Iterator[_Request]:
-    only = names[0] if len(names) == 1 else None
-    for number, line in enumerate(lines, start=1):
-        content = _as_object(line)
-        if content is None and len(names) > 1:
-            raise DataError(
-                f"{place}, line {number}: {len(names)} prompts are loaded and this line names none; write "
-                f'{{"prompt": "{names[0]}", "input": "..."}}'
-            )
-        content = {"input": line.rstrip("\r")} if content is None else content
-        text, name = content.get("input"), content.get("prompt", only)
-        if not isinstance(text, str):
-            raise DataError(f"{place}, line {number}: 'input' is {text!r}, expected text")
-        if name is not None and name not in names:
-            raise DataError(f"{place}, line {number}: unknown prompt {name!r}: {nearest(str(name), names)}")
-        yield _Request(text, -1 if name is None else names.index(name))
-
-
-def _as_object(line: str) -> dict[str, Any] | None:
-    """Read a line as a JSON object; ``None`` if it is plain text."""
-    if not line.lstrip().startswith("{"):
-        return None
-    try:
-        content = json_module.loads(line)
-    except json_module.JSONDecodeError:
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _encode(request: _Request, recipe: TrainRecipe, frozen: FrozenLM, raw: bool) -> Encoded:
-    from softprompts.cli.loading import encode_rows
-    from softprompts.tasks import get_task
-    from softprompts.types import Encoded, Example
-
-    example = Example(request.input, "", id=request.input[:40])
-    if raw or not _names_task(recipe):
-        ids = (*frozen.bos_ids, *frozen.tokenize(request.input), *(frozen.end_ids or ()))
-        return Encoded(ids, len(ids), example, request.prompt)
-    task = get_task(recipe.task)
-    return encode_rows([example], task, frozen, recipe.task, prompt=request.prompt, with_target=False)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import typer
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUNDLED",
+    "Encoder",
     "TargetOption",
     "TemplateOption",
     "encode_rows",
@@ -38,6 +39,14 @@ TemplateOption = Annotated[
 TargetOption = Annotated[
     str | None, typer.Option("--target", metavar="TEMPLATE", help='Target of the task "records", such as "{label}".')
 ]
+
+
+class Encoder(Protocol):
+    """How the examples of a run become rows."""
+
+    def __call__(self, examples: Sequence[Example], *, with_target: bool) -> list[Encoded]:
+        """Encode examples, with their targets or without."""
+        ...
 
 
 def template_overrides(format: str | None, target: str | None) -> list[str]:
@@ -140,7 +149,12 @@ def _check_special(prefix: str, frozen: FrozenLM) -> None:
 
 
 def ranking_of(
-    rows: Sequence[Encoded], task: Task, frozen: FrozenLM, config: TaskConfig, by: Literal["sum", "mean", "prior"]
+    rows: Sequence[Encoded],
+    task: Task,
+    frozen: FrozenLM,
+    config: TaskConfig,
+    by: Literal["sum", "mean", "prior"],
+    encode: Encoder | None = None,
 ) -> Ranking | None:
     """Encode the choices of some rows, for ranking; ``None`` where a row has none.
 
@@ -150,6 +164,7 @@ def ranking_of(
         frozen: Brings the tokenizer and its special tokens.
         config: Lengths.
         by: What the choices are ranked by.
+        encode: How inputs are encoded, if in another way than by :func:`encode_rows`.
     """
     from softprompts.evaluation.predict import Ranking
     from softprompts.tasks.encode import encode_choices
@@ -166,7 +181,10 @@ def ranking_of(
     )
     priors: list[Encoded] = []
     if by == "prior":
-        for row in rows:
-            empty = replace(row.example, input="", tail="")
-            priors += encode_rows([empty], task, frozen, config, prompt=row.prompt, with_target=False)
+        empty = [replace(row.example, input="", tail="") for row in rows]
+        if encode is not None:
+            priors = encode(empty, with_target=False)
+        else:
+            for row, one in zip(rows, empty, strict=True):
+                priors += encode_rows([one], task, frozen, config, prompt=row.prompt, with_target=False)
     return Ranking(choices, by, priors)

@@ -44,7 +44,7 @@ VERBS = (
     Verb("train", "softprompts.cli.train", "train", "Train what a recipe describes: a prompt or a baseline."),
     Verb("evaluate", "softprompts.cli.evaluate", "evaluate", "Score a prompt on a task, with standard errors."),
     Verb("score", "softprompts.cli.score", "score", "Score a file of predictions; compare two."),
-    Verb("generate", "softprompts.cli.evaluate", "generate", "Lines in, lines out, each with a prompt of its own."),
+    Verb("generate", "softprompts.cli.generate", "generate", "Lines in, lines out, each with a prompt of its own."),
     Verb("inspect", "softprompts.cli.inspect", "inspect", "Say what a saved prompt is and which model it is for."),
     Verb("similarity", "softprompts.cli.similarity", "similarity", "Compare prompts: a matrix, a heat map, a tree."),
     Verb("library", "softprompts.cli.library", "library", "List and search a folder of prompts."),

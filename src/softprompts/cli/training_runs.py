@@ -75,6 +75,12 @@ class PreparedRun:
         """Numbers that the optimizer changes."""
         return sum(parameter.numel() for parameter in self.objective.parameters())
 
+    @property
+    def stored_parameters(self) -> int:
+        """Numbers that have to be kept for the task."""
+        prompts = self.objective.prompted.prompts
+        return sum(cast("SoftPrompt", prompt).stored_parameters for prompt in prompts) or self.trained_parameters
+
     def member(self, on_event: Callable[[Event], None]) -> Member[Any]:
         """Put it in the form that the training loop takes."""
         from softprompts.training import EncodedBatches, Member
@@ -112,6 +118,8 @@ def plan(config: TrainRecipe, name: str = "") -> Plan:
     from softprompts.tasks import get_task
     from softprompts.training import Selection
 
+    if config.method == "few_shot":
+        raise ConfigError("method 'few_shot' trains nothing: judge it with `softprompts evaluate --recipe FILE`")
     task = get_task(config.task)
     metric = config.evaluation.selection or task.selection
     if "dev" not in task.splits and config.evaluation.selection is not None:
@@ -262,7 +270,7 @@ def _encoded(one: Plan, frozen: FrozenLM) -> tuple[list[Encoded], list[Encoded],
     from softprompts.evaluation.classification import RANKED
 
     config, task = one.config, one.task
-    prompt = -1 if config.method == "fine_tuning" else 0
+    prompt = 0 if config.method == "prompt" else -1
 
     def encode(examples: Sequence[Example], with_target: bool = True) -> list[Encoded]:
         return encode_rows(examples, task, frozen, config.task, prompt=prompt, with_target=with_target)
@@ -280,15 +288,16 @@ def _encoded(one: Plan, frozen: FrozenLM) -> tuple[list[Encoded], list[Encoded],
 
 def _objective(one: Plan, frozen: FrozenLM) -> PromptObjective | FineTuningObjective:
     """Build what is trained."""
-    from softprompts.baselines import FineTuningObjective
+    from softprompts.baselines import FineTuningObjective, top_parameters
     from softprompts.prompted import PromptedLM
     from softprompts.prompts import build_prompt
     from softprompts.storage import load_prompt
     from softprompts.training import PromptObjective
 
     config = one.config
-    if config.method == "fine_tuning":
-        return FineTuningObjective(frozen, config.training.loss, z_loss=config.optimizer.z_loss)
+    if config.method in ("fine_tuning", "top_layers"):
+        only = top_parameters(frozen, config.top_layers) if config.method == "top_layers" else None
+        return FineTuningObjective(frozen, config.training.loss, z_loss=config.optimizer.z_loss, only=only)
     initializer = config.prompt.initializer
     source = None
     if initializer.name == "prompt" and initializer.prompt is not None:
@@ -324,35 +333,20 @@ def save(run: PreparedRun, frozen: FrozenLM, result: FitResult) -> dict[str, Any
 
     A run that diverged, while others went on, leaves its best prompt on dev; where it has none, nothing is saved.
     """
-    from softprompts.baselines import FineTuningObjective
-    from softprompts.storage import save_prompt
+    from softprompts.cli.steering import peak_memory_bytes
 
-    config, objective, directory = run.plan.config, run.objective, run.plan.directory
-    saved: Path | None = None
-    if isinstance(objective, FineTuningObjective):
-        saved, stored = objective.save(directory / "model"), run.trained_parameters
-    else:
-        prompt = cast("SoftPrompt", objective.prompted.prompts[0])
-        stored = prompt.stored_parameters
-        if result.reason != "diverged" or result.best_step:
-            saved = save_prompt(
-                prompt,
-                directory / "prompt",
-                frozen=frozen,
-                task=config.task.name,
-                recipe=config,
-                metrics=result.best_metrics,
-                overwrite=True,
-            )
+    config = run.plan.config
+    usable = result.reason != "diverged" or result.best_step
+    saved = _save(run, frozen, result) if usable else None
     return {
         "verb": "train",
         "method": config.method,
         "model": frozen.name,
         "task": config.task.name,
         "saved": str(saved) if saved else None,
-        "output_dir": str(directory),
+        "output_dir": str(run.plan.directory),
         "trained_parameters": run.trained_parameters,
-        "stored_parameters": stored,
+        "stored_parameters": run.stored_parameters,
         "model_parameters": frozen.parameter_count,
         "steps": result.steps,
         "reason": result.reason,
@@ -363,4 +357,29 @@ def save(run: PreparedRun, frozen: FrozenLM, result: FitResult) -> dict[str, Any
         "tokens": result.tokens,
         "seconds": result.seconds,
         "tokens_per_s": result.tokens / result.seconds if result.seconds else None,
+        "peak_memory_bytes": peak_memory_bytes(frozen),
     }
+
+
+def _save(run: PreparedRun, frozen: FrozenLM, result: FitResult) -> Path:
+    """Save a prompt, a model, or the part of a model that was tuned."""
+    from softprompts.baselines import FineTuningObjective
+    from softprompts.storage import save_prompt
+    from softprompts.storage.tuned import save_delta
+
+    config, objective, directory = run.plan.config, run.objective, run.plan.directory
+    metrics = result.best_metrics
+    if isinstance(objective, FineTuningObjective) and objective.is_whole:
+        return objective.save(directory / "model")
+    if isinstance(objective, FineTuningObjective):
+        weights = objective.trainable_state()
+        return save_delta(weights, directory / "delta", frozen=frozen, recipe=config, metrics=metrics)
+    return save_prompt(
+        cast("SoftPrompt", objective.prompted.prompts[0]),
+        directory / "prompt",
+        frozen=frozen,
+        task=config.task.name,
+        recipe=config,
+        metrics=metrics,
+        overwrite=True,
+    )

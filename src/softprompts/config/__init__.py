@@ -8,6 +8,7 @@ from softprompts.config.reading import decode, load_recipe, override, parse_over
 from softprompts.config.schema import (
     DecodingConfig,
     EvaluationConfig,
+    FewShotConfig,
     InitConfig,
     ModelConfig,
     OptimizerConfig,
@@ -16,6 +17,7 @@ from softprompts.config.schema import (
     ScheduleConfig,
     SettingConfig,
     TaskConfig,
+    TopLayersConfig,
     TrainingConfig,
     TrainRecipe,
 )
@@ -25,6 +27,7 @@ from softprompts.config.transfer import JudgeConfig, MatchConfig, PairConfig, Pr
 __all__ = [
     "DecodingConfig",
     "EvaluationConfig",
+    "FewShotConfig",
     "InitConfig",
     "JudgeConfig",
     "MatchConfig",
@@ -37,6 +40,7 @@ __all__ = [
     "ScheduleConfig",
     "SettingConfig",
     "TaskConfig",
+    "TopLayersConfig",
     "TrainRecipe",
     "TrainingConfig",
     "TransferRecipe",

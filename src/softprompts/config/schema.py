@@ -12,6 +12,7 @@ from typing import Any, Literal
 __all__ = [
     "DecodingConfig",
     "EvaluationConfig",
+    "FewShotConfig",
     "InitConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -20,6 +21,7 @@ __all__ = [
     "ScheduleConfig",
     "SettingConfig",
     "TaskConfig",
+    "TopLayersConfig",
     "TrainRecipe",
     "TrainingConfig",
 ]
@@ -233,6 +235,8 @@ class DecodingConfig:
     top_p: float = 1.0
     banned: tuple[str, ...] = ()
     """Strings that are never produced (the paper bans newlines)."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an output: it is cut in front of the first one."""
     batch_size: int = 32
 
 
@@ -257,15 +261,55 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class TopLayersConfig:
+    """For ``method: top_layers``: which weights are trained.
+
+    What stands behind the last layer always is: the final norm, and an LM head with weights of its own.
+    """
+
+    layers: int = 1
+    """So many layers below that, counted from the top; of an encoder-decoder those of its decoder (prefix-tuning paper:
+    1 and 2; 0 trains the head alone)."""
+    embeddings: bool = True
+    """The word embeddings as well, and with them an LM head that shares them (as in GPT-2)."""
+
+
+@dataclass(frozen=True)
+class FewShotConfig:
+    """For ``method: few_shot``: a prompt of words and of solved examples, nothing trained (prompt design)."""
+
+    count: int = 0
+    """Solved training records in front of every input; 0 leaves the words of the task's format, and the instruction."""
+    seed: int = 0
+    """Which ones, and in which order."""
+    balanced: bool = True
+    """Of a task with choices: as many of each as of any other (one more of some, by chance)."""
+    draw: Literal["once", "each"] = "once"
+    """The same ones for all inputs, or others for each (Brown et al. 2020)."""
+    instruction: str = ""
+    """Text in front of everything."""
+    separator: str = "\\n\\n"
+    """What stands behind the instruction and every solved example, ``eos`` for the end-of-sequence token; an output
+    ends in front of it."""
+    max_length: int | None = None
+    """Longest row in tokens, the examples counted; ``null`` takes what the model's context leaves. Where they do not
+    fit, whole examples are left out, the first ones first, and counted."""
+
+
+@dataclass(frozen=True)
 class TrainRecipe:
     """Everything that `softprompts train` needs to know."""
 
     preset: Literal["prompt_tuning_paper", "prefix_tuning_paper", "recommended"] | None = None
     """A named set of values that hold where the recipe gives none, see [presets](presets.md)."""
-    method: Literal["prompt", "fine_tuning"] = "prompt"
+    method: Literal["prompt", "fine_tuning", "top_layers", "few_shot"] = "prompt"
+    """A prompt, or what prompts are judged against: every weight of the model, those of its top layers, or words and
+    solved examples in front of the input (judged by `softprompts evaluate --recipe`; nothing is trained)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
+    top_layers: TopLayersConfig = field(default_factory=TopLayersConfig)
+    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

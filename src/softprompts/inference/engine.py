@@ -39,11 +39,11 @@ class Generation:
     ids: tuple[int, ...]
     """Generated tokens, the end-of-sequence token left out."""
     text: str
-    """The decoded tokens, special tokens left out, spaces kept as generated."""
+    """The decoded tokens up to the first of ``decoding.stop``, special tokens left out, spaces kept as generated."""
     logprob: float
     """Sum of the model's log-probabilities of the tokens (and of the end token), before temperature and bans."""
     finished: bool
-    """Whether the model ended the text itself (``False``: it was cut at ``max_new_tokens``)."""
+    """Whether the model ended the text itself, or by a stop string (``False``: it was cut at ``max_new_tokens``)."""
 
 
 class Engine:
@@ -108,7 +108,7 @@ class Engine:
         generations: dict[int, Generation] = {}
         for batch in _schedule(rows, max(1, decoding.batch_size // max(1, len(averaged)))):
             for index, hypothesis in self._run(rows, batch, decoding, states, averaged, seed=seed, banned=banned):
-                generations[index] = self._finish(hypothesis)
+                generations[index] = self._finish(hypothesis, decoding.stop)
                 if on_progress is not None:
                     on_progress(1)
         return [generations[index] for index in range(len(rows))]
@@ -164,12 +164,14 @@ class Engine:
             return BeamSearch(requests, decoding, eos_id=self.frozen.eos_id, device=device)
         return OnePath(requests, decoding, eos_id=self.frozen.eos_id, seed=seed)
 
-    def _finish(self, hypothesis: Hypothesis) -> Generation:
+    def _finish(self, hypothesis: Hypothesis, stop: Sequence[str]) -> Generation:
         text = self.frozen.tokenizer.decode(
             list(hypothesis.ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         assert isinstance(text, str)  # a list of lists would give a list of texts
-        return Generation(hypothesis.ids, text, hypothesis.logprob, hypothesis.finished)
+        places = [place for one in stop if (place := text.find(one)) >= 0]
+        text = text[: min(places)] if places else text
+        return Generation(hypothesis.ids, text, hypothesis.logprob, hypothesis.finished or bool(places))
 
     def check(self, rows: Sequence[Encoded], decoding: DecodingConfig, *, averaged: Sequence[int] = ()) -> None:
         """Refuse what :meth:`generate` would refuse, without running anything; raises the same errors."""

@@ -1,0 +1,219 @@
+"""Tuned weights at rest: a directory of ``tuned.json`` and the weights that differ from those of the frozen model.
+
+What tunes some of a model's weights (its top layers) or adds some (adapters of other libraries) leaves far less behind
+than a model. ``tuned.json`` says for which model that is, with which recipe it was made, and what the weights' digest
+is. A delta keeps its weights in ``delta.safetensors``, under the names that they have in the model. Never pickle.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from softprompts import __version__
+from softprompts.config import decode, to_dict
+from softprompts.errors import ArtifactError, ConfigError, PromptMismatchError
+from softprompts.models import FrozenLM
+from softprompts.storage.directory import read_file, read_stable, write_directory
+from softprompts.storage.manifest import MAX_MANIFEST_BYTES, ModelIdentity
+
+__all__ = [
+    "DELTA_FILE",
+    "TUNED_FILE",
+    "TunedInfo",
+    "check_model",
+    "is_tuned",
+    "load_delta",
+    "read_tuned",
+    "save_delta",
+    "save_tuned",
+]
+
+TUNED_FILE = "tuned.json"
+DELTA_FILE = "delta.safetensors"
+_MAX_BYTES = 1 << 40
+
+
+@dataclass(frozen=True)
+class TunedInfo:
+    """What is known of tuned weights."""
+
+    method: str
+    """As in the recipe."""
+    model: ModelIdentity
+    weights_file: str
+    sha256: str
+    """Of that file."""
+    stored_parameters: int
+    """Numbers in it."""
+    task: str | None = None
+    recipe: Mapping[str, Any] | None = None
+    """The resolved recipe as plain mappings, lists and scalars."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    version: str = ""
+    """Of softprompts."""
+
+
+def is_tuned(directory: str | Path) -> bool:
+    """Whether a directory holds tuned weights."""
+    return (Path(directory) / TUNED_FILE).is_file()
+
+
+def _identity_of(frozen: FrozenLM) -> ModelIdentity:
+    """Say which model weights are for."""
+    return ModelIdentity(frozen.name, frozen.fingerprint, frozen.tokenizer_fingerprint, frozen.quantization)
+
+
+def save_tuned(
+    files: Mapping[str, bytes],
+    directory: str | Path,
+    *,
+    weights_file: str,
+    stored_parameters: int,
+    frozen: FrozenLM,
+    recipe: Any,
+    metrics: Mapping[str, float] | None = None,
+) -> Path:
+    """Write tuned weights with their ``tuned.json``, atomically; an older directory of this kind is replaced.
+
+    Args:
+        files: Contents by name, ``weights_file`` among them.
+        directory: Where.
+        weights_file: The file that holds the weights.
+        stored_parameters: Numbers in it.
+        frozen: The model that they belong to.
+        recipe: The resolved recipe (:class:`softprompts.config.TrainRecipe`).
+        metrics: Scores on the dev split.
+
+    Raises:
+        StorageError: The directory holds something else, or the disk refused.
+    """
+    info = TunedInfo(
+        method=recipe.method,
+        model=_identity_of(frozen),
+        weights_file=weights_file,
+        sha256=hashlib.sha256(files[weights_file]).hexdigest(),
+        stored_parameters=stored_parameters,
+        task=recipe.task.name,
+        recipe=to_dict(recipe),
+        metrics=dict(metrics or {}),
+        version=__version__,
+    )
+    text = json.dumps(to_dict(info), indent=2, ensure_ascii=False) + "\n"
+    content = {TUNED_FILE: text.encode("utf-8"), **files}
+    return write_directory(directory, content, marker=TUNED_FILE, known=content, overwrite=True)
+
+
+def save_delta(
+    weights: Mapping[str, Tensor],
+    directory: str | Path,
+    *,
+    frozen: FrozenLM,
+    recipe: Any,
+    metrics: Mapping[str, float] | None = None,
+) -> Path:
+    """Save the weights of a model that were changed; see :func:`save_tuned`.
+
+    Args:
+        weights: By their names in the model.
+        directory: Where.
+        frozen: The model as it was before.
+        recipe: The resolved recipe.
+        metrics: Scores on the dev split.
+    """
+    content = save_tensors({name: value.contiguous() for name, value in weights.items()}, metadata={"format": "pt"})
+    stored = sum(value.numel() for value in weights.values())
+    files = {DELTA_FILE: content}
+    return save_tuned(
+        files,
+        directory,
+        weights_file=DELTA_FILE,
+        stored_parameters=stored,
+        frozen=frozen,
+        recipe=recipe,
+        metrics=metrics,
+    )
+
+
+def read_tuned(directory: str | Path) -> TunedInfo:
+    """Read ``tuned.json``.
+
+    Raises:
+        ArtifactError: It is missing or damaged.
+    """
+
+    def read(place: Path) -> TunedInfo:
+        path = place / TUNED_FILE
+        content = read_file(path, MAX_MANIFEST_BYTES)
+        try:
+            return decode(TunedInfo, json.loads(content))
+        except (ValueError, ConfigError) as error:
+            raise ArtifactError(f"'{path}' is damaged or of another version: {error}; train again") from error
+
+    return read_stable(directory, read)
+
+
+def check_model(info: TunedInfo, frozen: FrozenLM, directory: str | Path) -> None:
+    """Refuse a model that tuned weights are not for.
+
+    Raises:
+        PromptMismatchError: Its weights or its tokenizer are others.
+    """
+    for what, wanted, got in (
+        ("weights", info.model.fingerprint, frozen.fingerprint),
+        ("tokenizer", info.model.tokenizer_fingerprint, frozen.tokenizer_fingerprint),
+        ("quantization", info.model.quantization, frozen.quantization),
+    ):
+        if wanted != got:
+            raise PromptMismatchError(
+                f"'{directory}' was tuned on '{info.model.name}', whose {what} ({wanted}) are not those of "
+                f"'{frozen.name}' ({got}); load the model that it was tuned on"
+            )
+
+
+@torch.no_grad()
+def load_delta(directory: str | Path, frozen: FrozenLM, *, in_place: bool = False) -> FrozenLM:
+    """Put changed weights into a model.
+
+    Args:
+        directory: What :func:`save_delta` wrote.
+        frozen: The model that they were made from.
+        in_place: Change that model's own weights, and spend no memory on a copy; ``frozen`` must not be used any more.
+
+    Returns:
+        The tuned model, frozen.
+
+    Raises:
+        ArtifactError: A file is missing or damaged, or names weights that the model does not have.
+        PromptMismatchError: They were made from another model.
+    """
+    info = read_tuned(directory)
+    check_model(info, frozen, directory)
+    path = Path(directory).resolve() / info.weights_file
+    content = read_file(path, _MAX_BYTES)
+    if hashlib.sha256(content).hexdigest() != info.sha256:
+        raise ArtifactError(
+            f"'{path}' does not match the sha256 in {TUNED_FILE}: it was damaged; copy or train it again"
+        )
+    try:
+        weights = load_tensors(content)
+    except SafetensorError as error:
+        raise ArtifactError(f"'{path}' is no safetensors file: {error}") from error
+    model = frozen.release() if in_place else copy.deepcopy(frozen.model)
+    own = dict(model.named_parameters())
+    for name, value in weights.items():
+        if name not in own or own[name].shape != value.shape:
+            raise ArtifactError(f"'{path}' holds '{name}' {list(value.shape)}, which '{frozen.name}' does not have")
+        own[name].copy_(value)
+    return FrozenLM.from_model(model, frozen.tokenizer, name=f"{frozen.name}-tuned")
