@@ -9,19 +9,33 @@ BIN = $(VENV)/bin
 WORKERS = 2
 # One thread per test worker: the models of the tests are tiny, and threads that wait for each other cost more than they give.
 THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+PINS = constraints.txt
+PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(PINS)
 PYTEST = $(THREADS) $(BIN)/python -m pytest
+# What leans on transformers, for `make test-oldest` and `make test-newest`, each in an environment of its own.
+RANGE = tests/parity tests/models tests/integrations
 
-.PHONY: help quickstart test lint types check nightly reference matrix format clean
+.PHONY: help quickstart test test-oldest test-newest versions lint types check nightly reference matrix format clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-18s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-18s %s\n' "$$name" "$$text"; done
 
 quickstart: $(VENV)/.base ## train a prompt on the bundled model and show before and after, offline
 	@$(BIN)/softprompts quickstart
 
 test: $(VENV)/.dev ## the quick tests (no network, no GPU)
 	@$(PYTEST) -n $(WORKERS) $(ARGS)
+
+test-oldest: .venv-oldest.txt ## what leans on transformers, with its oldest supported release
+	@$(MAKE) -s VENV=.venv-oldest PINS=.venv-oldest.txt ARGS='$(RANGE) $(ARGS)' versions test
+
+test-newest: .venv-newest.txt ## the same with the newest 5.x of the registry
+	@$(MAKE) -s VENV=.venv-newest PINS=.venv-newest.txt .venv-newest/.dev
+	@.venv-newest/bin/python -m pip install -qq --disable-pip-version-check -U -c .venv-newest.txt 'transformers<6'
+	@$(MAKE) -s VENV=.venv-newest PINS=.venv-newest.txt ARGS='$(RANGE) $(ARGS)' versions test
+
+versions: $(VENV)/.dev
+	@$(BIN)/python -c 'import torch, transformers; print("transformers", transformers.__version__, "torch", torch.__version__)'
 
 lint: $(VENV)/.dev ## ruff
 	@$(BIN)/ruff check src tests scripts benchmarks
@@ -44,7 +58,7 @@ format: $(VENV)/.dev ## let ruff mend what it can
 	@$(BIN)/ruff check --fix src tests scripts benchmarks
 
 clean: ## remove the virtual environment and every cache
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .venv-oldest* .venv-newest* .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.python:
@@ -55,12 +69,17 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-$(VENV)/.base: $(VENV)/.python pyproject.toml constraints.txt
+$(VENV)/.base: $(VENV)/.python pyproject.toml $(PINS)
 	@echo "Installing softprompts into $(VENV) (a few minutes the first time)"
 	@$(PIP_INSTALL) -e .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
+$(VENV)/.dev: $(VENV)/.python pyproject.toml $(PINS)
 	@echo "Installing softprompts and what its tests need into $(VENV) (a few minutes the first time)"
 	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $(VENV)/.base $@
+
+# The pins of constraints.txt without those that constraints-oldest.txt gives: in their place these, or none.
+.venv-oldest.txt .venv-newest.txt: constraints.txt constraints-oldest.txt
+	@grep -v $$(sed -n 's/^\([A-Za-z_]*==\).*/-e ^\1/p' constraints-oldest.txt) constraints.txt > $@
+	@test $@ = .venv-newest.txt || cat constraints-oldest.txt >> $@
