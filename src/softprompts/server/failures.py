@@ -109,9 +109,14 @@ def from_validation(error: ValidationError) -> ApiError:
     first = mistakes[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no valid JSON: {first['msg']}", "invalid_json")
-    place = ".".join(str(part) for part in first["loc"])[:200]
+    place = ".".join(str(part) for part in first["loc"] if not _is_branch(part))[:200]
     message = f"{place}: {first['msg']}" if place else first["msg"]
     if first["type"] == "extra_forbidden":
         message = f"unknown field '{place}'"
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
     return ApiError(422, message[:1000] + more, "invalid_value", param=place or None)
+
+
+def _is_branch(part: int | str) -> bool:
+    """Whether a part of a location is pydantic's name for one of several allowed types: nothing for a client."""
+    return isinstance(part, str) and (part == "str" or part.startswith("constrained-") or "[" in part)

@@ -2,6 +2,8 @@
 import { Answer, element, problemOf } from "/static/compare.js";
 
 const SHOWN = 200;
+// Browsers hold at most six connections to a server, and one of them looks at the engine.
+const LANES = 5;
 const KEY = "softprompts-key";
 const at = (id) => document.getElementById(id);
 let models = [];
@@ -135,7 +137,9 @@ async function run(event) {
   const order = models.map((model) => model.id).filter((name) => chosen.has(name));
   const answers = order.map((name) => new Answer(name, name === base));
   at("answers").replaceChildren(...answers.map((answer) => answer.node));
-  await Promise.all(answers.map((answer) => answer.run(body, headers(), mine.signal)));
+  const left = [...answers];
+  const lane = async () => { for (let next; (next = left.shift());) await next.run(body, headers(), mine.signal); };
+  await Promise.all(Array.from({ length: LANES }, lane));
   if (running === mine) { running = null; at("stop").disabled = true; }
 }
 
