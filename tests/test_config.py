@@ -142,7 +142,7 @@ def test_an_override_that_is_no_yaml_is_refused(recipe):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("trainin: {}", r"unknown key 'trainin': did you mean 'training'\? known: evaluation, few_shot, method"),
+        ("trainin: {}", r"unknown key 'trainin': did you mean 'training'\? known: baseline, evaluation, method, model"),
         ("training: {batchsize: 3}", r"unknown key 'training.batchsize': did you mean 'batch_size'\?"),
         ("1: 2", "unknown key '1': known: "),
         ("method: promt", r"'method' is 'promt': did you mean 'prompt'\? known: .*fine_tuning, .*prompt"),

@@ -16,7 +16,9 @@ def test_top_layers_are_trained_saved_small_and_judged_like_a_prompt(
     recipe: Callable[..., TrainRecipe], command: Callable[..., str], world: Path
 ) -> None:
     prompt = run_recipe(recipe(evaluation={"selection": "loss"}, output_dir=str(world / "prompt")))
-    result = run_recipe(recipe(method="top_layers", top_layers={"embeddings": False}, evaluation={"selection": "loss"}))
+    result = run_recipe(
+        recipe(method="top_layers", baseline={"top_layers": {"embeddings": False}}, evaluation={"selection": "loss"})
+    )
     assert set(result) == set(prompt)
     assert result["stored_parameters"] == result["trained_parameters"] < result["model_parameters"] / 2
     assert result["metrics"]["loss"] < result["reference_loss"]

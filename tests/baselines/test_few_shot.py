@@ -54,7 +54,7 @@ def test_examples_are_drawn_by_seed_and_in_balance() -> None:
     assert Counter(one.target for one in choose_examples(POOL, replace(six, count=13))) == {"yes": 8, "no": 5}
     free = [choose_examples(POOL, replace(six, seed=seed, balanced=False)) for seed in range(20)]
     assert sum(one.target == "yes" for own in free for one in own) > 75
-    with pytest.raises(ConfigError, match=r"few_shot\.count is 21, but there are 20"):
+    with pytest.raises(ConfigError, match=r"baseline\.few_shot\.count is 21, but there are 20"):
         choose_examples(POOL, replace(six, count=21))
 
 
@@ -115,7 +115,9 @@ def test_an_encoder_reads_the_examples(task: Task) -> None:
 def test_the_verb_takes_a_number_or_a_recipe(
     recipe: Callable[..., TrainRecipe], command: Callable[..., str], tmp_path: Path
 ) -> None:
-    config = recipe(method="few_shot", few_shot={"count": 2, "seed": 5}, evaluation={"prediction": "both"})
+    config = recipe(
+        method="few_shot", baseline={"few_shot": {"count": 2, "seed": 5}}, evaluation={"prediction": "both"}
+    )
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(to_dict(config)))))
     said = json.loads(command("evaluate", "--recipe", tmp_path / "few.yaml", "--split", "dev", "--json", "-"))
     assert said["method"] == "few_shot"

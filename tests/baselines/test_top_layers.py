@@ -70,7 +70,7 @@ def test_the_top_of_an_encoder_decoder_is_its_decoders(case: tuple[str, int, boo
 
 
 def test_more_layers_than_there_are_is_refused(tiny_frozen: Callable[[str], FrozenLM]) -> None:
-    with pytest.raises(ConfigError, match=r"top_layers.layers is 4, but 'tiny-gpt2' has 3 layers"):
+    with pytest.raises(ConfigError, match=r"baseline.top_layers.layers is 4, but 'tiny-gpt2' has 3 layers"):
         top_parameters(tiny_frozen("gpt2"), TopLayersConfig(4))
 
 

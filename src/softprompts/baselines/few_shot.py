@@ -42,7 +42,9 @@ def choose_examples(pool: Sequence[Example], config: FewShotConfig, *, key: str 
         ConfigError: There are not as many, or fewer than none are wanted.
     """
     if not 0 <= config.count <= len(pool):
-        raise ConfigError(f"few_shot.count is {config.count}, but there are {len(pool)} training records to draw from")
+        raise ConfigError(
+            f"baseline.few_shot.count is {config.count}, but there are {len(pool)} training records to draw from"
+        )
     chance = random.Random(f"{config.seed}/{key}")
     if not (config.balanced and all(example.choices for example in pool)):
         return chance.sample(list(pool), config.count)

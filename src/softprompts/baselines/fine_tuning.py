@@ -17,45 +17,30 @@ from softprompts.prompted import PromptedLM
 from softprompts.training import StepLoss, batch_loss, without_prompts
 from softprompts.types import Batch
 
-__all__ = ["FineTuningObjective"]
+__all__ = ["FineTuningObjective", "TunedObjective"]
 
 
-@final
-class FineTuningObjective:
-    """The yardstick of both papers ("fine-tuning", "model tuning").
-
-    The model given stays as it is; its copy is trained without dropout, like the prompts that it is compared with.
+class TunedObjective:
+    """Some weights of a model are trained, without a prompt and without dropout.
 
     Args:
-        frozen: The model to start from, in float32.
+        tuned: The model; it is changed.
+        trained: Which of its weights, by name.
         reduction: How token losses become one number; see :func:`softprompts.training.batch_loss`.
         z_loss: Of the training loss; what is measured (:meth:`losses`) is the cross-entropy alone.
-        only: Names of the weights that are trained (:func:`softprompts.baselines.top_parameters`); ``None`` for all.
-
-    Raises:
-        ConfigError: The weights are quantized, so that most of them cannot be trained.
     """
 
     def __init__(
         self,
-        frozen: FrozenLM,
+        tuned: FrozenLM,
+        trained: Mapping[str, nn.Parameter],
         reduction: Literal["token_mean", "sentence_sum"] = "token_mean",
         *,
         z_loss: float = 0.0,
-        only: Collection[str] | None = None,
     ) -> None:
-        if frozen.quantization is not None:
-            raise ConfigError(
-                f"the weights of '{frozen.name}' are kept in {frozen.quantization} and cannot be trained; fine-tune it "
-                "with model.quantization: null, or train a prompt"
-            )
-        self.tuned = FrozenLM.from_model(copy.deepcopy(frozen.model), frozen.tokenizer, name=f"{frozen.name}-tuned")
-        self.trained: dict[str, nn.Parameter] = {
-            name: weight for name, weight in self.tuned.model.named_parameters() if only is None or name in only
-        }
+        self.tuned, self.trained = tuned, dict(trained)
         for weight in self.trained.values():
             weight.requires_grad_(True)
-        self.is_whole = only is None
         self.prompted = PromptedLM(self.tuned, [])
         self.reduction = reduction
         self.z_loss = z_loss
@@ -93,6 +78,43 @@ class FineTuningObjective:
             )
         for name, value in state.items():
             own[name].copy_(value)
+
+
+@final
+class FineTuningObjective(TunedObjective):
+    """The yardstick of both papers ("fine-tuning", "model tuning").
+
+    The model given stays as it is; its copy is trained without dropout, like the prompts that it is compared with.
+
+    Args:
+        frozen: The model to start from, in float32.
+        reduction: How token losses become one number; see :func:`softprompts.training.batch_loss`.
+        z_loss: Of the training loss; what is measured (:meth:`losses`) is the cross-entropy alone.
+        only: Names of the weights that are trained (:func:`softprompts.baselines.top_parameters`); ``None`` for all.
+
+    Raises:
+        ConfigError: The weights are quantized, so that most of them cannot be trained.
+    """
+
+    def __init__(
+        self,
+        frozen: FrozenLM,
+        reduction: Literal["token_mean", "sentence_sum"] = "token_mean",
+        *,
+        z_loss: float = 0.0,
+        only: Collection[str] | None = None,
+    ) -> None:
+        if frozen.quantization is not None:
+            raise ConfigError(
+                f"the weights of '{frozen.name}' are kept in {frozen.quantization} and cannot be trained; fine-tune it "
+                "with model.quantization: null, or train a prompt"
+            )
+        tuned = FrozenLM.from_model(copy.deepcopy(frozen.model), frozen.tokenizer, name=f"{frozen.name}-tuned")
+        trained: dict[str, nn.Parameter] = {
+            name: weight for name, weight in tuned.model.named_parameters() if only is None or name in only
+        }
+        super().__init__(tuned, trained, reduction, z_loss=z_loss)
+        self.is_whole = only is None
 
     def save(self, directory: str | Path) -> Path:
         """Save the tuned model and its tokenizer as a Hugging Face directory.

@@ -2,7 +2,7 @@
 
 The yardstick "FT-top2" of the prefix-tuning paper (Li & Liang 2021, section 6) trains the last two layers, the final
 norm and the LM head. Its code has ``top_layers`` 0, 1, 2 (with the word embeddings, which are GPT-2's head too) and 00,
-11, 22 (without them); here these are two numbers, ``top_layers.layers`` and ``top_layers.embeddings``.
+11, 22 (without them); here these are two numbers, ``baseline.top_layers.layers`` and ``.embeddings``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def top_parameters(frozen: FrozenLM, config: TopLayersConfig) -> tuple[str, ...]
     finished = _finished(frozen)
     layers = _layers(frozen, finished)
     if not 0 <= config.layers <= len(layers):
-        raise ConfigError(f"top_layers.layers is {config.layers}, but '{frozen.name}' has {len(layers)} layers")
+        raise ConfigError(
+            f"baseline.top_layers.layers is {config.layers}, but '{frozen.name}' has {len(layers)} layers"
+        )
     embeddings = frozen.model.get_input_embeddings()
     words = {id(weight) for weight in embeddings.parameters()}
     above = finished[finished.index(layers[-1]) + 1 :]
@@ -48,7 +50,7 @@ def top_parameters(frozen: FrozenLM, config: TopLayersConfig) -> tuple[str, ...]
     if not names:
         raise ConfigError(
             f"'{frozen.name}' has nothing behind its last layer but an LM head that shares the word embeddings; set "
-            "top_layers.layers to 1 or more, or top_layers.embeddings to true"
+            "baseline.top_layers.layers to 1 or more, or baseline.top_layers.embeddings to true"
         )
     return names
 

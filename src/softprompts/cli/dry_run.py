@@ -44,8 +44,11 @@ def dry_run(config: TrainRecipe, console: Console | None = None) -> dict[str, An
     from softprompts.cli.loading import load_frozen
     from softprompts.cli.training_runs import plan, prepare
     from softprompts.config import member_recipes
+    from softprompts.errors import ConfigError
     from softprompts.training import EncodedBatches, footprint, longest_update
 
+    if config.method == "autoprompt":
+        raise ConfigError("method 'autoprompt' makes no update whose memory could be foretold; leave --dry-run out")
     recipes = member_recipes(config) if config.together else {"": config}
     frozen = load_frozen(config.model)
     runs = prepare([plan(recipe, name) for name, recipe in recipes.items()], frozen, measure=False)

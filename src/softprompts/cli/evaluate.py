@@ -78,7 +78,8 @@ def evaluate(
     """
     config = recipe_of(prompt, model, task, [*template_overrides(format, target), *(set_ or [])], recipe)
     if few_shot is not None:
-        config = replace(config, method="few_shot", few_shot=replace(config.few_shot, count=few_shot, seed=seed))
+        shown = replace(config.baseline.few_shot, count=few_shot, seed=seed)
+        config = replace(config, method="few_shot", baseline=replace(config.baseline, few_shot=shown))
     if limit is not None:
         config = replace(config, task=replace(config.task, limit_train=limit, limit_dev=limit))
     console = console_for(json)
@@ -180,8 +181,8 @@ def _few_shot(recipe: TrainRecipe, task: Task, frozen: FrozenLM, examples: Seque
     room = max(len(ids) for own in answers for ids in own)
     if evaluation.prediction != "rank":
         room = max(room, evaluation.decoding.max_new_tokens)
-    pool = task.load("train", replace(recipe.task, limit_train=None)) if recipe.few_shot.count else []
-    return FewShot(pool, task, frozen, recipe.few_shot, recipe.task, room=room)
+    pool = task.load("train", replace(recipe.task, limit_train=None)) if recipe.baseline.few_shot.count else []
+    return FewShot(pool, task, frozen, recipe.baseline.few_shot, recipe.task, room=room)
 
 
 def _keeps_labels_secret(examples: Sequence[Example]) -> bool:
@@ -286,6 +287,8 @@ def _stored_parameters(recipe: TrainRecipe, frozen: FrozenLM, steered: Steered) 
     """Count the numbers that are kept for this task beside the frozen model."""
     if steered.facts is None:
         return frozen.parameter_count if recipe.method == "fine_tuning" else 0
+    if recipe.method == "autoprompt":
+        return int(steered.facts["length"])  # its tokens
     return int(steered.facts["stored_parameters"])
 
 

@@ -76,7 +76,12 @@ def _tuned(directory: Path, frozen: FrozenLM) -> Steered:
     from softprompts.storage.tuned import load_delta, read_tuned
 
     info = read_tuned(directory)
-    model = load_delta(directory, frozen, in_place=True)
+    if info.method == "peft_lora":
+        from softprompts.baselines.peft_lora import load_lora
+
+        model = load_lora(directory, frozen, in_place=True)
+    else:
+        model = load_delta(directory, frozen, in_place=True)
     facts = {
         "directory": str(directory),
         "kind": info.method,

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from softprompts.baselines import FineTuningObjective
+    from softprompts.cli.objectives import AnyObjective
     from softprompts.config import TrainRecipe
     from softprompts.models import FrozenLM
     from softprompts.prompts import SoftPrompt
     from softprompts.tasks.task import Task
-    from softprompts.training import Event, FitResult, Member, PromptObjective, Selection
+    from softprompts.training import Event, FitResult, Member, Selection
     from softprompts.types import Encoded, Example
 
 __all__ = ["MEAN", "Plan", "PreparedRun", "Rows", "plan", "prepare", "save", "write_recipes"]
@@ -67,7 +67,7 @@ class PreparedRun:
     """A run that is ready to be trained."""
 
     plan: Plan
-    objective: PromptObjective | FineTuningObjective
+    objective: AnyObjective
     rows: Rows
 
     @property
@@ -75,30 +75,28 @@ class PreparedRun:
         """Numbers that the optimizer changes."""
         return sum(parameter.numel() for parameter in self.objective.parameters())
 
-    @property
-    def stored_parameters(self) -> int:
-        """Numbers that have to be kept for the task."""
-        prompts = self.objective.prompted.prompts
-        return sum(cast("SoftPrompt", prompt).stored_parameters for prompt in prompts) or self.trained_parameters
-
     def member(self, on_event: Callable[[Event], None]) -> Member[Any]:
         """Put it in the form that the training loop takes."""
+        from softprompts.baselines.autoprompt import AutoPromptObjective
         from softprompts.training import EncodedBatches, Member
 
         config, prompted = self.plan.config, self.objective.prompted
         training = config.training
         # Packed rows have no pads to save, and random batches teach more per step.
         by_length = training.batching == "length" or (training.batching == "auto" and not prompted.packs)
+        batches = EncodedBatches(self.rows.train, training.batch_size, prompted.frozen.pad_id, training.seed, by_length)
+        searches = isinstance(self.objective, AutoPromptObjective)
         return Member(
             self.objective,
-            EncodedBatches(self.rows.train, training.batch_size, prompted.frozen.pad_id, training.seed, by_length),
+            self.objective.batches if isinstance(self.objective, AutoPromptObjective) else batches,
             config.training,
             optimizer=config.optimizer,
             schedule=config.schedule,
             run_dir=self.plan.directory,
             name=self.plan.name,
             on_event=on_event,
-            reference_loss=self.rows.reference_loss,
+            reference_loss=None if searches else self.rows.reference_loss,
+            validate_first=searches,
             selection=self.plan.selection,
         )
 
@@ -213,6 +211,8 @@ def prepare(plans: Sequence[Plan], frozen: FrozenLM, *, measure: bool = True) ->
     Raises:
         SoftPromptsError: What the records or the prompt's settings can lead to.
     """
+    from softprompts.cli.objectives import build_objective
+
     encoded: dict[str, tuple[list[Encoded], list[Encoded], list[Encoded]]] = {}
     references: dict[str, float] = {}
     runs: list[PreparedRun] = []
@@ -223,7 +223,7 @@ def prepare(plans: Sequence[Plan], frozen: FrozenLM, *, measure: bool = True) ->
         if key not in encoded:
             encoded[key] = _encoded(one, frozen)
         train, dev, inputs = encoded[key]
-        objective = _objective(one, frozen)
+        objective = build_objective(config, one.task, frozen, train)
         _check_lengths(objective, [*train, *dev])
         kept = 0
         if config.training.cache_source_gib is not None:
@@ -240,8 +240,8 @@ def prepare(plans: Sequence[Plan], frozen: FrozenLM, *, measure: bool = True) ->
 
 def _keep_sources(
     one: Plan,
-    objective: PromptObjective | FineTuningObjective,
-    first: PromptObjective | FineTuningObjective | None,
+    objective: AnyObjective,
+    first: AnyObjective | None,
     splits: Sequence[Sequence[Encoded]],
     limit_bytes: int,
 ) -> int:
@@ -266,11 +266,12 @@ def _keep_sources(
 def _encoded(one: Plan, frozen: FrozenLM) -> tuple[list[Encoded], list[Encoded], list[Encoded]]:
     """Encode the training rows, the dev rows, and the dev inputs where outputs have to be predicted from them."""
     from softprompts.cli.loading import encode_rows
+    from softprompts.cli.objectives import carries_prompt
     from softprompts.errors import ConfigError
     from softprompts.evaluation.classification import RANKED
 
     config, task = one.config, one.task
-    prompt = 0 if config.method == "prompt" else -1
+    prompt = 0 if carries_prompt(config) else -1
 
     def encode(examples: Sequence[Example], with_target: bool = True) -> list[Encoded]:
         return encode_rows(examples, task, frozen, config.task, prompt=prompt, with_target=with_target)
@@ -286,30 +287,7 @@ def _encoded(one: Plan, frozen: FrozenLM) -> tuple[list[Encoded], list[Encoded],
     return encode(task.load("train", config.task)), encode(dev), inputs
 
 
-def _objective(one: Plan, frozen: FrozenLM) -> PromptObjective | FineTuningObjective:
-    """Build what is trained."""
-    from softprompts.baselines import FineTuningObjective, top_parameters
-    from softprompts.prompted import PromptedLM
-    from softprompts.prompts import build_prompt
-    from softprompts.storage import load_prompt
-    from softprompts.training import PromptObjective
-
-    config = one.config
-    if config.method in ("fine_tuning", "top_layers"):
-        only = top_parameters(frozen, config.top_layers) if config.method == "top_layers" else None
-        return FineTuningObjective(frozen, config.training.loss, z_loss=config.optimizer.z_loss, only=only)
-    initializer = config.prompt.initializer
-    source = None
-    if initializer.name == "prompt" and initializer.prompt is not None:
-        source = load_prompt(initializer.prompt, frozen).prompt
-    if initializer.name == "labels" and not initializer.labels:
-        initializer = dataclasses.replace(initializer, labels=one.task.class_words)
-    prompt_config = dataclasses.replace(config.prompt, initializer=initializer)
-    prompt = build_prompt(prompt_config, frozen, seed=config.training.seed, source=source)
-    return PromptObjective(PromptedLM(frozen, [prompt]), config.training.loss, z_loss=config.optimizer.z_loss)
-
-
-def _check_lengths(objective: PromptObjective | FineTuningObjective, rows: Sequence[Encoded]) -> None:
+def _check_lengths(objective: AnyObjective, rows: Sequence[Encoded]) -> None:
     """Refuse rows that do not fit into the context now, and not in the middle of the run."""
     from softprompts.models.inputs import check_length
 
@@ -318,9 +296,7 @@ def _check_lengths(objective: PromptObjective | FineTuningObjective, rows: Seque
     check_length(prompted.frozen.geometry, length, max(len(row.ids) for row in rows))
 
 
-def _reference_loss(
-    config: TrainRecipe, objective: PromptObjective | FineTuningObjective, rows: Sequence[Encoded]
-) -> float:
+def _reference_loss(config: TrainRecipe, objective: AnyObjective, rows: Sequence[Encoded]) -> float:
     """Measure the model alone on these rows, in the unit of the training loss."""
     from softprompts.training import in_order, mean_loss, without_prompts
 
@@ -333,11 +309,12 @@ def save(run: PreparedRun, frozen: FrozenLM, result: FitResult) -> dict[str, Any
 
     A run that diverged, while others went on, leaves its best prompt on dev; where it has none, nothing is saved.
     """
+    from softprompts.cli.objectives import save_trained, stored_parameters
     from softprompts.cli.steering import peak_memory_bytes
 
     config = run.plan.config
     usable = result.reason != "diverged" or result.best_step
-    saved = _save(run, frozen, result) if usable else None
+    saved = save_trained(run.objective, config, frozen, result.best_metrics) if usable else None
     return {
         "verb": "train",
         "method": config.method,
@@ -346,7 +323,7 @@ def save(run: PreparedRun, frozen: FrozenLM, result: FitResult) -> dict[str, Any
         "saved": str(saved) if saved else None,
         "output_dir": str(run.plan.directory),
         "trained_parameters": run.trained_parameters,
-        "stored_parameters": run.stored_parameters,
+        "stored_parameters": stored_parameters(run.objective),
         "model_parameters": frozen.parameter_count,
         "steps": result.steps,
         "reason": result.reason,
@@ -359,27 +336,3 @@ def save(run: PreparedRun, frozen: FrozenLM, result: FitResult) -> dict[str, Any
         "tokens_per_s": result.tokens / result.seconds if result.seconds else None,
         "peak_memory_bytes": peak_memory_bytes(frozen),
     }
-
-
-def _save(run: PreparedRun, frozen: FrozenLM, result: FitResult) -> Path:
-    """Save a prompt, a model, or the part of a model that was tuned."""
-    from softprompts.baselines import FineTuningObjective
-    from softprompts.storage import save_prompt
-    from softprompts.storage.tuned import save_delta
-
-    config, objective, directory = run.plan.config, run.objective, run.plan.directory
-    metrics = result.best_metrics
-    if isinstance(objective, FineTuningObjective) and objective.is_whole:
-        return objective.save(directory / "model")
-    if isinstance(objective, FineTuningObjective):
-        weights = objective.trainable_state()
-        return save_delta(weights, directory / "delta", frozen=frozen, recipe=config, metrics=metrics)
-    return save_prompt(
-        cast("SoftPrompt", objective.prompted.prompts[0]),
-        directory / "prompt",
-        frozen=frozen,
-        task=config.task.name,
-        recipe=config,
-        metrics=metrics,
-        overwrite=True,
-    )

@@ -6,10 +6,13 @@ nearest known one and checks every type. ``to_dict`` gives the resolved recipe b
 
 from softprompts.config.reading import decode, load_recipe, override, parse_override, replaced, to_dict
 from softprompts.config.schema import (
+    AutoPromptConfig,
+    BaselineConfig,
     DecodingConfig,
     EvaluationConfig,
     FewShotConfig,
     InitConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     PromptConfig,
@@ -25,11 +28,14 @@ from softprompts.config.together import member_recipes, varied
 from softprompts.config.transfer import JudgeConfig, MatchConfig, PairConfig, ProjectorConfig, TransferRecipe
 
 __all__ = [
+    "AutoPromptConfig",
+    "BaselineConfig",
     "DecodingConfig",
     "EvaluationConfig",
     "FewShotConfig",
     "InitConfig",
     "JudgeConfig",
+    "LoraConfig",
     "MatchConfig",
     "ModelConfig",
     "OptimizerConfig",

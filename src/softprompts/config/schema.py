@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 __all__ = [
+    "AutoPromptConfig",
+    "BaselineConfig",
     "DecodingConfig",
     "EvaluationConfig",
     "FewShotConfig",
     "InitConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PromptConfig",
@@ -275,6 +278,21 @@ class TopLayersConfig:
 
 
 @dataclass(frozen=True)
+class AutoPromptConfig:
+    """For ``method: autoprompt``: a search for words, which starts from those of ``prompt.initializer``."""
+
+    candidates: int = 100
+    """Words that are tried at one position in a step (paper: 100; 10 for facts); each of them is one pass over
+    ``training.accumulation_steps`` batches."""
+    judge: Literal["auto", "accuracy", "loss"] = "auto"
+    """What a candidate has to better: ``auto`` is the accuracy where the task has choices, otherwise the loss."""
+    skip_labels: bool = True
+    """Whether the words of the labels may not be part of the trigger."""
+    skip_capitalized: bool = False
+    """Whether words with a capital letter may not (paper: for facts, whose answers are names)."""
+
+
+@dataclass(frozen=True)
 class FewShotConfig:
     """For ``method: few_shot``: a prompt of words and of solved examples, nothing trained (prompt design)."""
 
@@ -297,19 +315,40 @@ class FewShotConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """For ``method: peft_lora``: low-rank adapters by Hugging Face PEFT (Hu et al. 2022)."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    """The adapters' output is multiplied by ``alpha / rank``."""
+    modules: tuple[str, ...] = ()
+    """Names of the linear layers that get one, as PEFT's ``target_modules``; empty means all but the LM head."""
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """What prompts are judged against; each section is for the method of its name."""
+
+    top_layers: TopLayersConfig = field(default_factory=TopLayersConfig)
+    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
+    autoprompt: AutoPromptConfig = field(default_factory=AutoPromptConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(frozen=True)
 class TrainRecipe:
     """Everything that `softprompts train` needs to know."""
 
     preset: Literal["prompt_tuning_paper", "prefix_tuning_paper", "recommended"] | None = None
     """A named set of values that hold where the recipe gives none, see [presets](presets.md)."""
-    method: Literal["prompt", "fine_tuning", "top_layers", "few_shot"] = "prompt"
-    """A prompt, or what prompts are judged against: every weight of the model, those of its top layers, or words and
-    solved examples in front of the input (judged by `softprompts evaluate --recipe`; nothing is trained)."""
+    method: Literal["prompt", "fine_tuning", "top_layers", "few_shot", "autoprompt", "peft_lora"] = "prompt"
+    """A prompt, or what prompts are judged against: every weight of the model, those of its top layers, words and
+    solved examples in front of the input (judged by `softprompts evaluate --recipe`; nothing is trained), words that
+    are searched for, or adapters."""
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
-    top_layers: TopLayersConfig = field(default_factory=TopLayersConfig)
-    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -125,6 +125,8 @@ def fit_together(
 def _loop(runs: Sequence[Run[B]], gradients: Gradients[B], validate: Validation | None) -> None:
     """Update, check, validate, save, until every run has a reason to end."""
     with stop_signals() as stop:
+        if validate is not None:
+            _validate({number: run for number, run in enumerate(runs) if run.state.step == 0 and run.due}, validate)
         while active := {number: run for number, run in enumerate(runs) if run.reason is None}:
             failures = _round(active, gradients)
             if len(failures) == len(runs):

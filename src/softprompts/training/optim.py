@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from softprompts.config import OptimizerConfig, ScheduleConfig
 from softprompts.errors import ConfigError
+from softprompts.training.objective import Objective
 
-__all__ = ["Adafactor", "build_optimizer", "build_schedule", "set_learning_rate"]
+__all__ = ["Adafactor", "build_optimizer", "build_schedule", "optimizer_of", "set_learning_rate"]
 
 _SQUARE_FLOOR = 1e-30
 """Epsilon 1 of the Adafactor paper, added to every squared gradient."""
@@ -106,6 +107,24 @@ def _average(state: dict[str, Any], name: str, value: Tensor, decay: float) -> T
     average = state.setdefault(name, torch.zeros_like(value))
     assert isinstance(average, Tensor)
     return average.mul_(decay).add_(value, alpha=1.0 - decay)
+
+
+@runtime_checkable
+class _Stepped(Protocol):
+    """An objective that is not trained by gradient descent, and brings its own way of making a step."""
+
+    def optimizer(self, config: OptimizerConfig) -> Optimizer: ...
+
+
+def optimizer_of(objective: Objective[Any], config: OptimizerConfig) -> Optimizer:
+    """Make the optimizer that a recipe asks for, or that the objective brings along (a search over words).
+
+    Raises:
+        ConfigError: See :func:`build_optimizer`.
+    """
+    if isinstance(objective, _Stepped):
+        return objective.optimizer(config)
+    return build_optimizer(objective.parameters(), config)
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> Optimizer:

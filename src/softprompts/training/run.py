@@ -21,7 +21,7 @@ from softprompts.errors import CheckpointError, ConfigError, DataError, Diverged
 from softprompts.training.checkpoint import Checkpoints, TrainState, load_state, seed_everything
 from softprompts.training.events import Event, EventLog
 from softprompts.training.objective import Objective, StepSum
-from softprompts.training.optim import build_optimizer, build_schedule, set_learning_rate
+from softprompts.training.optim import build_schedule, optimizer_of, set_learning_rate
 
 __all__ = ["NOT_LEARNING_AFTER_STEPS", "FitResult", "Member", "Run", "Selection", "refuse_unfinished_run"]
 
@@ -75,6 +75,8 @@ class Member(Generic[B]):
     on_event: Callable[[Event], None] | None = None
     reference_loss: float | None = None
     selection: Selection = Selection()
+    validate_first: bool = False
+    """Whether what it starts from is validated as well, and kept where nothing better comes."""
 
 
 class Run(Generic[B]):
@@ -100,7 +102,7 @@ class Run(Generic[B]):
         self.checkpoints = Checkpoints(
             Path(member.run_dir), {name: to_dict(section) for name, section in settings.items()}
         )
-        self.stepper = build_optimizer(member.objective.parameters(), member.optimizer)
+        self.stepper = optimizer_of(member.objective, member.optimizer)
         self._factor = build_schedule(member.schedule, member.config.max_steps)
         self.state = TrainState()
 
@@ -236,6 +238,8 @@ class Run(Generic[B]):
     @property
     def due(self) -> bool:
         """Whether the run is to be validated now: every so many steps, and at its end."""
+        if self.state.step == 0:
+            return self.member.validate_first and self.state.best_score is None
         return self.reason not in (None, "diverged") or self.state.step % self.config.validate_every_steps == 0
 
     def validated(self, metrics: Mapping[str, float]) -> None:
