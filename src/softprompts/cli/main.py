@@ -49,6 +49,8 @@ VERBS = (
     Verb("similarity", "softprompts.cli.similarity", "similarity", "Compare prompts: a matrix, a heat map, a tree."),
     Verb("library", "softprompts.cli.library", "library", "List and search a folder of prompts."),
     Verb("bench", "softprompts.cli.bench", "bench", "Measure speed against PEFT, the plain model and the floor."),
+    Verb("study", "softprompts.cli.study", "study", "Run an ablation of the papers; killed and restarted, it goes on."),
+    Verb("report", "softprompts.cli.study", "report", "Tables, plots and verdicts of studies, as one HTML file."),
     Verb("convert", "softprompts.cli.convert", "convert", "Turn a saved prompt into PEFT's format, or back."),
     Verb("serve", "softprompts.cli.serve", "serve", "Serve a model with all prompts of a folder; OpenAI's protocol."),
     Verb("ensemble train", "softprompts.cli.ensemble", "train", "Train several prompts of one task in one pass."),

@@ -1,0 +1,98 @@
+"""Every study is whole at both scales, and is what the command line makes of it."""
+
+from __future__ import annotations
+
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from softprompts.config import TrainRecipe
+from softprompts.errors import ConfigError
+from softprompts.studies.catalog import ScaleName, get_study, make_plan, recipe_of, studies
+from softprompts.studies.cost import cell_flop
+from softprompts.tasks import get_task
+from tiny_study import tiny_plan, tiny_study
+
+METHODS = get_args(get_type_hints(TrainRecipe)["method"])
+WANTED = {
+    "prefix-length", "full-vs-embedding", "prefix-vs-infix", "prefix-init", "reparametrization", "low-data",
+    "extrapolation", "prompt-length", "prompt-init", "pretraining-objective", "lm-adaptation-steps", "scale",
+    "domain-shift", "ensembling", "task-transfer", "model-transfer", "convergence", "parameters",
+}  # fmt: skip
+
+
+def test_all_studies_are_there():
+    assert set(studies()) == WANTED
+    assert all(get_study(name).name == name for name in studies())
+
+
+@pytest.mark.parametrize("scale", get_args(ScaleName))
+@pytest.mark.parametrize("name", sorted(WANTED))
+def test_every_setting_has_a_recipe_and_every_claim_its_settings(name: str, scale: Any):
+    study = get_study(name)
+    plan = make_plan(study, scale)
+    names = {setting.name for setting in plan.settings}
+    assert len({cell.name for cell in plan.cells}) == len(plan.cells) >= 2
+    for cell in plan.cells[:: len(plan.scale.seeds)]:
+        recipe = recipe_of(plan, cell, "somewhere")
+        assert recipe.method in METHODS
+        assert (recipe.training.seed, recipe.output_dir) == (cell.seed, "somewhere")
+        assert get_task(recipe.task).name == recipe.task.name
+        assert cell_flop(plan, cell) > 0
+        assert {cell.setting.start, cell.setting.own} - {None} <= names
+    assert study.claims
+    for check in (check for claim in study.claims for check in claim.checks):
+        assert {term.partition(":")[0] for term in (*check.better, *check.than)} <= names
+    assert {one.setting for one in study.published} <= {
+        f"{series.name}/{point.name}"
+        for own in (study.tiny, study.paper)
+        for series in own.series
+        for point in own.points
+    }
+    assert len(plan.scale.seeds) >= 3
+
+
+def test_what_others_start_from_runs_first():
+    cells = [cell.setting.name for cell in make_plan(get_study("task-transfer"), "tiny").cells]
+    assert cells.index("similar task/source") < cells.index("from a similar task/target")
+
+
+def test_points_go_over_series_and_seeds_are_filled_in():
+    plan = tiny_plan(
+        series=[{"name": "s", "set": {"prompt.length": 7, "task.setting.subsample": "{seed}"}}],
+        points=[{"name": "as it is"}, {"name": "p", "set": {"prompt.length": 9}}],
+        seeds=[3, 4],
+    )
+    recipes = [recipe_of(plan, cell, "") for cell in plan.cells]
+    assert [one.prompt.length for one in recipes] == [7, 7, 9, 9]
+    assert [one.task.setting.subsample for one in recipes] == [3, 4, 3, 4]
+
+
+def test_presets_see_what_makes_a_setting():
+    plan = make_plan(get_study("low-data"), "paper")
+    assert recipe_of(plan, plan.cells[0], "").training.batch_size == 10
+
+
+def test_model_changes_and_seeds_of_the_command_line():
+    plan = make_plan(tiny_study(), "tiny", model="gpt2", seeds=[5], changes={"optimizer.learning_rate": 0.5})
+    recipe = recipe_of(plan, plan.cells[0], "")
+    assert (recipe.model.name_or_path, recipe.optimizer.learning_rate, len(plan.cells)) == ("gpt2", 0.5, 4)
+
+
+def test_mistakes_are_refused():
+    with pytest.raises(ConfigError, match=r"unknown study 'prefix-lenght'.*prefix-length"):
+        get_study("prefix-lenght")
+    with pytest.raises(ConfigError, match="compares models"):
+        make_plan(get_study("lm-adaptation-steps"), "tiny", model="gpt2")
+    with pytest.raises(ConfigError, match="each once"):
+        make_plan(tiny_study(), "tiny", seeds=[1, 1])
+    with pytest.raises(ConfigError, match="no setting 'soft/P=2'"):
+        tiny_plan().setting("soft/P=2")
+
+
+def test_fine_tuning_costs_more_and_members_cost_each():
+    plan = tiny_plan()
+    soft, tuned = (cell_flop(plan, plan.lots()[name][0]) for name in ("soft--P=1", "tuned--P=1"))
+    assert tuned > 1.4 * soft
+    voting = tiny_plan(points=[{"name": "P=1", "members": 5, "set": {"prompt.length": 1}}])
+    assert cell_flop(voting, voting.cells[0]) == pytest.approx(5 * soft)
