@@ -17,6 +17,7 @@ from serving_requests import word_prompt, words
 from softprompts.inference import EngineThread, PromptPool, ServingEngine, ServingLimits
 from softprompts.models import FrozenLM
 from softprompts.server.auth import ApiKey, KeyRing, hash_key
+from softprompts.server.folder import PromptFolder
 from softprompts.server.run import HttpServer
 from softprompts.server.service import Service
 from softprompts.server.settings import ServerSettings
@@ -80,7 +81,7 @@ def serving(
 ) -> Iterator[Live]:
     """Serve for a ``with`` block."""
     library = None if folder is None else PromptLibrary(folder)
-    pool = PromptPool(frozen, library)
+    pool = PromptPool(frozen, None if library is None else PromptFolder(library))
     thread = EngineThread(ServingEngine(frozen, pool, limits))
     service = Service(
         thread,

@@ -7,10 +7,12 @@ import threading
 import pytest
 
 from live_server import KEYS, key, save_words, serving, tiny_frozen_lm
-from softprompts.errors import ConfigError, DataNotFoundError
+from softprompts.errors import ArtifactError, ConfigError, DataNotFoundError
 from softprompts.inference import ServingLimits
 from softprompts.server.auth import KeyRing, hash_key, load_keys, make_key
 from softprompts.server.failures import ApiError
+from softprompts.server.folder import PromptFolder
+from softprompts.storage.library import PromptLibrary
 
 ASK = {"prompt": "abc", "max_tokens": 3, "temperature": 0}
 
@@ -122,6 +124,19 @@ def test_only_an_admin_loads_and_unloads(live):
     assert live.post("/v1/load_prompt", {"name": "fresh"}, "admin").status_code == 200
     assert live.post("/v1/completions", ask, "admin").json()["choices"] == before
     assert live.post("/v1/load_prompt", {"name": "tiny"}, "admin").status_code == 404
+
+
+def test_names_are_listed_without_reading_what_they_name(live, tmp_path):
+    for name in ("a", "task/b", ".hidden", "task/deep/c", ".old.replaced", "task/.d.replaced", "bad name"):
+        save_words(live.service.frozen, tmp_path / name, 3)
+    (tmp_path / "task" / "b" / "prompt.json").write_text("{")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    folder = PromptFolder(PromptLibrary(tmp_path))
+    assert folder.names() == ["a", "old", "task/b", "task/d"]
+    assert folder.info("old").length == folder.load("task/d", live.service.frozen).info.length == 3
+    with pytest.raises(ArtifactError):
+        folder.info("task/b")
 
 
 def test_a_prompt_that_is_damaged_is_refused_without_its_path(live):

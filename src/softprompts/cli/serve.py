@@ -99,13 +99,15 @@ def _service(
     settings: dict[str, Any],
 ) -> Service:
     from softprompts.inference import EngineThread, PromptPool, ServingEngine
+    from softprompts.server.folder import PromptFolder
     from softprompts.server.service import Service
     from softprompts.server.settings import ServerSettings
     from softprompts.storage.library import PromptLibrary
 
     checked = ServerSettings(**settings)
     library = None if prompts is None else PromptLibrary(prompts)
-    pool = PromptPool(frozen, library, budget_bytes=budget_bytes)
+    folder = None if library is None else PromptFolder(library)
+    pool = PromptPool(frozen, folder, budget_bytes=budget_bytes)
     thread = EngineThread(ServingEngine(frozen, pool, limits))
     return Service(thread, checked, library=library, keys=keys)
 

@@ -15,7 +15,7 @@ from softprompts.inference import EngineThread, Event, Output, Request, collect
 from softprompts.server.failures import ApiError, from_engine
 from softprompts.server.metrics import Metrics
 
-__all__ = ["Answer", "ClientGone", "EventStream", "Told", "unless_gone"]
+__all__ = ["Answer", "ClientGone", "EventStream", "Told", "told_whole", "unless_gone"]
 
 T = TypeVar("T")
 
@@ -30,6 +30,11 @@ class Told(NamedTuple):
     choice: int
     """Number of the output: inputs in order, the ``n`` outputs of each side by side."""
     event: Event
+
+
+def told_whole(choice: int, output: Output) -> Told:
+    """A whole output as one event."""
+    return Told(choice, Event("", 0, output.text, output.ids, (), output.finish_reason, output.stop_reason))
 
 
 class Answer:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from softprompts.errors import ArtifactError, ConfigError, PromptMismatchError, SoftPromptsError, UnsupportedModelError
 from softprompts.inference import PromptPool
 from softprompts.models import FrozenLM
 from softprompts.server.auth import ApiKey
+from softprompts.server.ensembles import Ensemble, is_member
 from softprompts.server.failures import ApiError, unknown_model
 from softprompts.storage.inspection import nearest_words, norms_of_layers, norms_of_positions
 from softprompts.storage.library import PromptLibrary
@@ -30,6 +31,7 @@ class Catalog:
         pool: Its prompts.
         library: Where they rest, for what they say about themselves; ``None``: nowhere.
         max_length: Positions of the model, ``None`` for any number.
+        ensembles: By name; their members are in the pool.
     """
 
     def __init__(
@@ -39,12 +41,13 @@ class Catalog:
         pool: PromptPool,
         library: PromptLibrary | None,
         max_length: int | None,
+        ensembles: Mapping[str, Ensemble],
     ) -> None:
-        if base_name in pool:
+        if base_name in pool or base_name in ensembles:
             raise ConfigError(
                 f"a prompt has the name of the model itself, '{base_name}'; rename one of them (--served-name)"
             )
-        self.base_name, self.pool = base_name, pool
+        self.base_name, self.pool, self.ensembles = base_name, pool, ensembles
         self._frozen, self._library, self._max_length = frozen, library, max_length
         self._unloaded: set[str] = set()
         self._created = int(time.time())
@@ -66,7 +69,9 @@ class Catalog:
 
     def cards(self, key: ApiKey) -> list[dict[str, Any]]:
         """All that a key may use, as ``/v1/models`` lists it: the bare model first, then the prompts by name."""
-        names = [name for name in self.pool.names() if name not in self._unloaded and key.may_use(name)]
+        names = [
+            name for name in sorted({*self.pool.names(), *self.ensembles}) if self._has(name) and key.may_use(name)
+        ]
         return [self._card(name) for name in ([None] if key.base_model else []) + names]
 
     def card(self, model: str, key: ApiKey) -> dict[str, Any]:
@@ -89,6 +94,13 @@ class Catalog:
                 "width": geometry.width,
                 "vocabulary": geometry.vocab_size,
             }
+        elif name in self.ensembles:
+            ensemble = self.ensembles[name]
+            card["details"] = {
+                "kind": f"ensemble, answers combined by {ensemble.combine}",
+                "members": len(ensemble.members),
+                "task": ensemble.task,
+            }
         elif self._library is not None:
             card["details"] = self._guarded(name, lambda library: self._details(library, name))
         return card
@@ -109,6 +121,8 @@ class Catalog:
                 raise unknown_model(name) from error
             if name == self.base_name:
                 raise ApiError(409, "that is the name of the model itself", "name_taken", param="name")
+            if name in self.ensembles:
+                raise ApiError(409, "ensembles are loaded when the server starts", "is_ensemble", param="name")
             self.pool.discard(name)
             if name not in self.pool:
                 self.pool.refresh()
@@ -123,11 +137,14 @@ class Catalog:
         """Let a prompt go and serve it no more; requests that have it are finished. Raises ApiError 404."""
         if not self._has(name):
             raise unknown_model(name)
+        if name in self.ensembles:
+            raise ApiError(409, "ensembles stay until the server ends", "is_ensemble", param="name")
         self._unloaded.add(name)
         self.pool.discard(name)
 
     def _has(self, name: str) -> bool:
-        return name in self.pool and name not in self._unloaded
+        served = name in self.ensembles or (name in self.pool and not is_member(name))
+        return served and name not in self._unloaded
 
     def _card(self, name: str | None) -> dict[str, Any]:
         card: dict[str, Any] = {

@@ -15,6 +15,7 @@ from softprompts.server.answers import Answer
 from softprompts.server.auth import ApiKey, KeyRing
 from softprompts.server.catalog import Catalog
 from softprompts.server.chat import chat_ids
+from softprompts.server.ensembles import load_ensembles
 from softprompts.server.failures import ApiError, from_engine
 from softprompts.server.metrics import Metrics
 from softprompts.server.protocol import ChatRequest, CompletionRequest, TextRequest
@@ -52,7 +53,8 @@ class Service:
         self.thread, self.settings, self.keys, self.pool = thread, settings, keys, pool
         probe = Request("probe", (), None)
         self.max_length = thread.engine.room(probe)
-        self.catalog = Catalog(self.frozen, settings.model_name, pool, library, self.max_length)
+        ensembles = {} if library is None else load_ensembles(library, self.frozen, pool)
+        self.catalog = Catalog(self.frozen, settings.model_name, pool, library, self.max_length, ensembles)
         self.metrics = Metrics(thread, pool, settings.model_name)
         self.draining = False
         self.in_flight = 0
@@ -97,13 +99,17 @@ class Service:
                 self.keys.give_back(key, outputs)
 
     def requests(
-        self, body: TextRequest, prompt: str | None, inputs: Sequence[tuple[int, ...]], logprobs: int | None
+        self,
+        body: TextRequest,
+        prompts: Sequence[str | None],
+        inputs: Sequence[tuple[int, ...]],
+        logprobs: int | None,
     ) -> list[Request]:
         """Say what the engine is asked for.
 
         Args:
             body: Of the HTTP request.
-            prompt: Whose name it gave; ``None`` for the bare model.
+            prompts: Each input is asked with each of them; ``None`` for the bare model.
             inputs: Tokens of each input.
             logprobs: As for :class:`SamplingOptions`.
 
@@ -118,7 +124,7 @@ class Service:
         if logprobs is not None and logprobs > vocabulary:
             raise ApiError(422, f"logprobs: at most {vocabulary}", "invalid_value", param="logprobs")
         requests = []
-        for ids in inputs:
+        for ids, prompt in itertools.product(inputs, prompts):
             number = next(self._numbers)
             request = Request(f"{self._run}-{number}", ids, prompt, SamplingOptions())
             most = self._most_tokens(body, request)

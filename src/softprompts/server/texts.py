@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 
-from softprompts.server.answers import Answer, EventStream, Told, unless_gone
+from softprompts.inference import Output
+from softprompts.server.answers import Answer, EventStream, Told, told_whole, unless_gone
 from softprompts.server.failures import ApiError, from_validation
 from softprompts.server.protocol import ChatRequest, CompletionRequest, TextRequest
 from softprompts.server.service import Service
@@ -58,21 +59,32 @@ async def _answer(
     key = request.state.key
     prompt = service.catalog.resolve(body.model, key)
     request.state.log |= {"model": body.model, "stream": bool(body.stream)}
+    ensemble = service.catalog.ensembles.get(prompt or "")
+    prompts: Sequence[str | None] = [prompt]
+    if ensemble is not None:
+        if body.outputs > 1 or logprobs is not None:
+            raise ApiError(422, "an ensemble gives one answer, without log-probabilities", "invalid_value")
+        prompts, logprobs = ensemble.members, 0
     with contextlib.ExitStack() as stack:
-        stack.enter_context(service.admission(key, inputs * body.outputs))
+        stack.enter_context(service.admission(key, inputs * body.outputs * len(prompts)))
         encoded = await service.encode(body)
-        answer = stack.enter_context(service.begin(service.requests(body, prompt, encoded, logprobs), body.model))
-        wording = _wording(service, body, logprobs is not None, request.state.request_id)
+        answer = stack.enter_context(service.begin(service.requests(body, prompts, encoded, logprobs), body.model))
+        shown = logprobs is not None and ensemble is None
+        wording = _wording(service, body, shown, request.state.request_id)
         input_tokens = sum(len(ids) for ids in encoded)
         request.state.log |= {"input_tokens": input_tokens}
-        if not body.stream:
+        outputs: list[Output] = []
+        if ensemble is not None or not body.stream:
             outputs = await unless_gone(request, answer.outputs())
+        if ensemble is not None:
+            outputs = ensemble.combined(outputs)
+        if not body.stream:
             output_tokens = sum(len(output.ids) for output in outputs)
             request.state.log |= {"output_tokens": output_tokens}
             return JSONResponse(wording.whole(outputs, usage_of(input_tokens, output_tokens)))
         # Until the first token there may still be an error with a status of its own.
-        first = await unless_gone(request, answer.more())
-        lines = _lines(answer, wording, first, input_tokens, body, request.state.log)
+        first = [told_whole(*one) for one in enumerate(outputs)] or await unless_gone(request, answer.more())
+        lines = _lines(answer, wording, first, input_tokens, inputs * body.outputs, body, request.state.log)
         return EventStream(lines, stack.pop_all().close, service.settings.request_timeout_s)
 
 
@@ -88,11 +100,17 @@ def _wording(service: Service, body: TextRequest, logprobs: bool, request_id: st
 
 
 async def _lines(
-    answer: Answer, wording: Wording, first: list[Told], input_tokens: int, body: TextRequest, log: dict[str, Any]
+    answer: Answer,
+    wording: Wording,
+    first: list[Told],
+    input_tokens: int,
+    choices: int,
+    body: TextRequest,
+    log: dict[str, Any],
 ) -> AsyncIterator[bytes]:
     """The events of a stream, those that come together in one piece."""
     output_tokens, told = 0, first
-    opening = wording.opening(answer.count)
+    opening = wording.opening(choices)
     try:
         while told:
             output_tokens += sum(len(one.event.ids) for one in told)
