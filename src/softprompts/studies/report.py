@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -86,6 +87,7 @@ def _part(result: Result, svg: str | None) -> dict[str, Any]:
         "scale": plan.scale_name,
         "like": plan.study.plot.like,
         "svg": svg,
+        "wide": svg is not None and _is_wide(svg),
         "metrics": plan.scale.metrics,
         "rows": [
             {
@@ -123,7 +125,7 @@ def _part(result: Result, svg: str | None) -> dict[str, Any]:
                 for word in (
                     hardware.get("processor"),
                     f"{hardware['cores']} cores" if "cores" in hardware else None,
-                    f"{hardware['threads']} threads" if "threads" in hardware else None,
+                    f"threads: {hardware['threads']}" if "threads" in hardware else None,
                     hardware.get("device") if hardware.get("device") != "cpu" else None,
                 )
                 if word
@@ -132,6 +134,12 @@ def _part(result: Result, svg: str | None) -> dict[str, Any]:
             f"{result.seconds / 60:.1f} by the clock",
         },
     }
+
+
+def _is_wide(svg: str) -> bool:
+    """Whether plots stand side by side, which a phone scrolls instead of shrinking them."""
+    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    return box is not None and float(box[1]) > 2 * float(box[2])
 
 
 def _verdicts(result: Result) -> list[dict[str, Any]]:

@@ -84,6 +84,8 @@ def difference_of(check: Check, values: Values, main_metric: str) -> Difference:
     terms = [*_terms(check.better, metric, 1.0), *_terms(check.than, metric, -1.0)]
     sign = "=" if check.within is not None else ">" if higher_is_better(terms[0][1]) else "<"
     words = f"{' + '.join(check.better)} {sign} {' + '.join(check.than)}"
+    if not any(":" in name for name in check.better):
+        words = f"{metric}: {words}"
     words += f" (± {check.within:g})" if check.within is not None else ""
     per_setting: dict[str, list[float]] = {}
     for setting in dict.fromkeys(term[0] for term in terms):
