@@ -87,10 +87,10 @@ def train(
     if dry_run:
         from softprompts.cli.dry_run import dry_run as foretell
 
-        write_json(json, foretell(config, console))
-        return
-    result = run_recipe(config, resume=resume, console=console)
-    _conclude(result, console)
+        result = foretell(config, console)
+    else:
+        result = run_recipe(config, resume=resume, console=console)
+        _conclude(result, console)
     write_json(json, result)
 
 
