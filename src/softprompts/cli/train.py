@@ -38,11 +38,7 @@ def train(
     ] = None,
     vary: Annotated[
         list[str] | None,
-        typer.Option(
-            "--vary",
-            metavar="A.B=C,D,...",
-            help="One prompt per value, trained together; repeatable: all combinations.",
-        ),
+        typer.Option("--vary", metavar="A.B=C,D,...", help="One prompt per value, or combination of values, together."),
     ] = None,
     format: TemplateOption = None,
     target: TargetOption = None,
