@@ -5,7 +5,7 @@
 Both sides start from the same values on the same frozen weights, see the same records in the same format, and use AdamW
 with the same rate, schedule, clipping, batch size and number type. Both measure the dev loss, per token and in the same
 way (rows of similar length together), after the same updates; that time is counted apart. What differs is what a user
-of either side gets by default: our loop (length buckets, packed rows, the prompt run once, the head on labels), and
+of either side gets by default: our loop (random batches, packed rows, the prompt run once, the head on labels), and
 Trainer's (shuffled batches, padded on the right) with PEFT's model. A side whose file lies in WORK is not run again.
 
 The target is the higher one of the two lowest dev losses, so that both reach it; the time to it is that of the first
@@ -72,7 +72,7 @@ def run_ours(
     clock = Clock(lambda: mean_loss(objective, in_order(dev, DEV_BATCH, pad_id=frozen.pad_id)))
     fit(
         objective,
-        EncodedBatches(train, recipe.training.batch_size, frozen.pad_id, seed=recipe.training.seed),
+        EncodedBatches(train, recipe.training.batch_size, frozen.pad_id, recipe.training.seed, by_length=False),
         recipe.training,
         optimizer=recipe.optimizer,
         schedule=recipe.schedule,

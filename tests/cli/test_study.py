@@ -164,6 +164,7 @@ def test_the_command_line(
     monkeypatch.setattr("softprompts.studies.catalog.get_study", lambda name: plan.study)
 
     def softprompts(*words: str) -> Any:
+        monkeypatch.setattr("sys.argv", ["softprompts", *words])
         with pytest.raises(SystemExit) as end:
             main([*words, "--json", str(tmp_path / "said.json")])
         assert end.value.code == 0, capsys.readouterr().err
