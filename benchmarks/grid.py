@@ -2,7 +2,7 @@
 
 A grid is a YAML file: a title, the seeds, what is evaluated, and rows of (name, recipe, overrides). Every cell (row and
 seed) is one `softprompts train` and one `softprompts evaluate`, and one JSON file below `--work`; a killed grid goes on
-where it was. A row may have an `evaluate` of its own, and with `together: true` its seeds are trained in one pass. The
+where it was. A row may have `evaluate` and `seeds` of its own, and with `together: true` they are trained in one pass. The
 result is a JSON file with every number of every seed and a Markdown table with means and standard errors over them.
 """
 
@@ -159,7 +159,7 @@ def main() -> None:
     grid["model"] = named[-1] if named else "bundled"
     plan = []
     for row in grid["rows"]:
-        seeds = grid["seeds"] if "recipe" in row else [0]
+        seeds = row.get("seeds", grid["seeds"]) if "recipe" in row else [0]
         plan += [(row, seeds)] if row.get("together") else [(row, [seed]) for seed in seeds]
     with ThreadPoolExecutor(options.jobs) as pool:
         found = list(pool.map(lambda item: cells(*item, grid, options.work, options.threads), plan))
