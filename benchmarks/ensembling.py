@@ -36,8 +36,10 @@ WAYS = ("vote", "rank", "average", "likeliest")
 TASKS = {
     "glue_sst2": ("research_only/glue/SST-2/train.jsonl", "research_only/glue/SST-2/dev.jsonl"),
     "trec": ("research_only/cls/TREC/train.jsonl", "research_only/cls/TREC/test.jsonl"),
+    "subj": ("research_only/cls/Subj/all.jsonl", "research_only/cls/Subj/all.jsonl"),
 }
-"""Where training and dev records are drawn from, and what is judged (SST-2's own test split has no labels)."""
+"""Where training and dev records are drawn from, and what is judged (SST-2's own test split has no labels; of the one
+file of Subj, records that are neither trained on nor used to choose the checkpoint)."""
 
 
 def split(task: str, options: argparse.Namespace) -> dict[str, Path]:
@@ -50,11 +52,14 @@ def split(task: str, options: argparse.Namespace) -> dict[str, Path]:
     training, judged = (root / name for name in TASKS[task])
     lines = training.read_text(encoding="utf-8").splitlines()
     random.Random(0).shuffle(lines)
-    test = judged.read_text(encoding="utf-8").splitlines()
-    random.Random(0).shuffle(test)
+    used = options.dev_records + options.train_records
+    test = lines[used:]
+    if judged != training:
+        test = judged.read_text(encoding="utf-8").splitlines()
+        random.Random(0).shuffle(test)
     parts = {
         "dev": lines[: options.dev_records],
-        "train": lines[options.dev_records : options.dev_records + options.train_records],
+        "train": lines[options.dev_records : used],
         "test": test[: options.test_records],
     }
     for name, own in parts.items():
@@ -245,7 +250,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="path of the result, without suffix")
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--model", default="bundled")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", default=["trec", "subj"], choices=list(TASKS))
     parser.add_argument("--ways", nargs="+", default=["vote", "rank"], choices=WAYS, help="vote must be among them")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=70)
