@@ -147,7 +147,7 @@ class PromptedLM(nn.Module):
         if frozen.causal is None or not frozen.causal.through_attention or (windows and not self.packs):
             raise UnsupportedModelError(
                 f"inputs of '{frozen.geometry.family}' cannot be kept as keys and values alone; set "
-                "training.cache_source_gib to null"
+                "model.cache_source_gib to null"
             )
 
         def read(ids_RS: Tensor, mask_RS: Tensor) -> Mapping[LayerKey, tuple[Tensor, Tensor]]:

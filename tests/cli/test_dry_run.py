@@ -94,7 +94,7 @@ def test_prompts_that_are_trained_together(recipe: Path, capsys: pytest.CaptureF
 
 
 def test_inputs_that_are_kept_count(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--set", "prompt.placement=infix", "--set", "training.cache_source_gib=4")
+    options = ("--set", "prompt.placement=infix", "--set", "model.cache_source_gib=4")
     found = dry_run(recipe, capsys, *options)
     tokens = sum(len(text) for text in {" ".join(WORDS[: 3 + i % 9]) for i in range(20)})
     assert found["memory"]["sources"] == pytest.approx(tokens * 3 * 2 * 32 * 4, rel=0.1)

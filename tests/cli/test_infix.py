@@ -52,8 +52,8 @@ def test_kept_inputs_give_the_same_run(
 ) -> None:
     recipe = dataclasses.replace(recipe, prompt=dataclasses.replace(recipe.prompt, kind=kind))
     plain = run_recipe(recipe)
-    training = dataclasses.replace(recipe.training, cache_source_gib=4.0)
-    kept = run_recipe(dataclasses.replace(recipe, training=training, output_dir=str(tmp_path / "kept")))
+    model = dataclasses.replace(recipe.model, cache_source_gib=4.0)
+    kept = run_recipe(dataclasses.replace(recipe, model=model, output_dir=str(tmp_path / "kept")))
     assert kept["metrics"]["loss"] == pytest.approx(plain["metrics"]["loss"], rel=1e-5)
     info = read_info(tmp_path / "kept" / "prompt")
     assert (info.kind, info.placement) == (kind, "infix")
@@ -71,10 +71,10 @@ def test_kept_inputs_give_the_same_run(
 
 
 def test_what_cannot_be_kept_is_refused_at_the_start(recipe: TrainRecipe) -> None:
-    training = dataclasses.replace(recipe.training, cache_source_gib=4.0)
+    model = dataclasses.replace(recipe.model, cache_source_gib=4.0)
     in_front = dataclasses.replace(recipe.prompt, placement="prefix")
     with pytest.raises(ConfigError, match="placement infix"):
-        run_recipe(dataclasses.replace(recipe, training=training, prompt=in_front))
-    small = dataclasses.replace(training, cache_source_gib=1e-6)
+        run_recipe(dataclasses.replace(recipe, model=model, prompt=in_front))
+    small = dataclasses.replace(model, cache_source_gib=1e-6)
     with pytest.raises(ConfigError, match="cache_source_gib"):
-        run_recipe(dataclasses.replace(recipe, training=small, output_dir=f"{recipe.output_dir}-small"))
+        run_recipe(dataclasses.replace(recipe, model=small, output_dir=f"{recipe.output_dir}-small"))

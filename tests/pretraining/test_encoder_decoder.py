@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from softprompts.cli.loading import encode_rows, ranking_of
-from softprompts.config import DecodingConfig, TaskConfig
+from softprompts.config import DecodingConfig, SettingConfig, TaskConfig
 from softprompts.errors import CheckpointError, ConfigError, DataNotFoundError, TrainingInterrupted
 from softprompts.inference import Engine
 from softprompts.models import FrozenLM
@@ -218,7 +218,7 @@ def test_runs_share_the_tokens_in_the_cache(recipe: PretrainRecipe, tmp_path: Pa
 
 def test_a_sentinel_stands_before_every_target_and_in_no_text(recipe: PretrainRecipe) -> None:
     frozen = FrozenLM.load(pretrain(with_training(recipe, total_tokens=ROW), report=quiet).folder)
-    config = TaskConfig(name="superglue_rte", target_prefix="<extra_id_0>")
+    config = TaskConfig(name="superglue_rte", setting=SettingConfig(target_prefix="<extra_id_0>"))
     task = get_task(config).configured(config)
     example = Example("premise: a", "entailment", choices=("entailment", "not_entailment"))
     (row,) = encode_rows([example], task, frozen, config)
@@ -243,4 +243,4 @@ def test_a_sentinel_stands_before_every_target_and_in_no_text(recipe: PretrainRe
     assert said.ids == row.decoder_ids[:-1]
     assert said.text.strip() == "entailment"
     with pytest.raises(ConfigError, match="is text to the tokenizer"):
-        encode_rows([example], task, frozen, TaskConfig(target_prefix="answer:"))
+        encode_rows([example], task, frozen, TaskConfig(setting=SettingConfig(target_prefix="answer:")))

@@ -41,7 +41,7 @@ def test_every_setting_has_a_recipe_and_every_claim_its_settings(name: str, scal
         assert cell_flop(plan, cell) > 0
         assert {cell.setting.start, cell.setting.own} - {None} <= names
     assert study.claims
-    for check in (check for claim in study.claims for check in claim.checks):
+    for check in (check for claim in study.claims for check in claim.at(scale)):
         assert {term.partition(":")[0] for term in (*check.better, *check.than)} <= names
     assert {one.setting for one in study.published} <= {
         f"{series.name}/{point.name}"

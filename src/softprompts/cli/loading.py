@@ -113,12 +113,12 @@ def encode_rows(
         with_target: False gives the inputs only.
 
     Raises:
-        ConfigError: ``task.target_prefix`` is text to this model's tokenizer.
+        ConfigError: ``task.setting.target_prefix`` is text to this model's tokenizer.
     """
     from softprompts.tasks.encode import encode
 
-    if config.target_prefix is not None:
-        _check_special(config.target_prefix, frozen)
+    if config.setting.target_prefix is not None:
+        _check_special(config.setting.target_prefix, frozen)
     return [
         encode(
             example,
@@ -143,8 +143,8 @@ def _check_special(prefix: str, frozen: FrozenLM) -> None:
     shown = str(frozen.tokenizer.decode(frozen.tokenize(prefix), skip_special_tokens=True)).strip()
     if shown:
         raise ConfigError(
-            f"task.target_prefix '{prefix}' is text to the tokenizer of '{frozen.name}' (it shows '{shown}'), expected "
-            "special tokens of its own, such as the sentinel <extra_id_0> of T5; leave it out for this model"
+            f"task.setting.target_prefix '{prefix}' is text to the tokenizer of '{frozen.name}' (it shows '{shown}'), "
+            "expected special tokens of its own, such as the sentinel <extra_id_0> of T5; leave it out for this model"
         )
 
 

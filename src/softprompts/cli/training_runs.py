@@ -226,8 +226,8 @@ def prepare(plans: Sequence[Plan], frozen: FrozenLM, *, measure: bool = True) ->
         objective = build_objective(config, one.task, frozen, train)
         _check_lengths(objective, [*train, *dev])
         kept = 0
-        if config.training.cache_source_gib is not None:
-            limit_bytes = int(config.training.cache_source_gib * 2**30)
+        if config.model.cache_source_gib is not None:
+            limit_bytes = int(config.model.cache_source_gib * 2**30)
             kept = _keep_sources(one, objective, runs[0].objective if runs else None, [train, dev], limit_bytes)
         key = repr((config.task, config.training.batch_size, config.training.loss))
         if key not in references and not measure:
@@ -251,8 +251,8 @@ def _keep_sources(
     config, prompted = one.config, objective.prompted
     if config.method != "prompt" or config.prompt.placement != "infix":
         raise ConfigError(
-            "training.cache_source_gib keeps inputs that the prompt does not change, so it needs prompt.placement "
-            "infix; set training.cache_source_gib to null"
+            "model.cache_source_gib keeps inputs that the prompt does not change, so it needs prompt.placement "
+            "infix; set model.cache_source_gib to null"
         )
     prompted.sources = first.prompted.sources if first is not None else None
     sources = prompted.sources or prompted.keep_sources(limit_bytes=limit_bytes)

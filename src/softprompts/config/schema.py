@@ -49,11 +49,14 @@ class ModelConfig:
     like text. ``None`` keeps it in sight where the model allows that. A prompt works with the one of its training."""
     compile: Literal["auto", "yes", "no"] = "auto"
     """Whether the model is compiled for training; takes half a minute or more, so ``auto`` does it for long runs."""
+    cache_source_gib: float | None = None
+    """For infixes: keep keys and values of every distinct input in memory, this many GiB at most, so that a step runs
+    only what stands behind the input; training that would need more is refused at its start. ``null`` keeps none."""
 
 
 @dataclass(frozen=True)
 class SettingConfig:
-    """Which part of a task is trained on and which is judged: the papers' settings, reproducible from these values."""
+    """Which part of a task is trained on, which is judged, and how targets begin: the papers' settings as values."""
 
     name: str | None = None
     """A setting that the task itself names, such as ``unseen`` of ``webnlg``; keys given beside it win."""
@@ -73,6 +76,9 @@ class SettingConfig:
     """Domain shift: the test split is another task's, its label words replaced by those trained on."""
     judge_split: Literal["dev", "test"] = "dev"
     """The split of ``judge_task`` that is judged (papers: dev)."""
+    target_prefix: str | None = None
+    """Special tokens in front of every target, such as ``<extra_id_0>``: a span-corrupted T5 begins everything with it
+    (prompt-tuning paper: span corruption + sentinel). Generated texts do not show them."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +97,6 @@ class TaskConfig:
     """Template for the target, ``"{label}"``; only for the task ``records``."""
     separator: str | None = None
     """Text between input and target, ``eos`` for the end-of-sequence token; ``None`` takes the task's own."""
-    target_prefix: str | None = None
-    """Special tokens in front of every target, such as ``<extra_id_0>``: a span-corrupted T5 begins everything with it.
-    Generated texts do not show them."""
     max_length: int = 512
     """Longest row in tokens, prompt not counted."""
     on_long: Literal["error", "truncate"] = "error"
@@ -219,9 +222,6 @@ class TrainingConfig:
     rows_per_pass: int | None = None
     """Rows of one forward pass where prompts are trained together; ``null`` takes 16 on a CPU and 128 on a GPU. Fewer
     rows need less memory; the result is the same up to rounding."""
-    cache_source_gib: float | None = None
-    """For infixes: keep keys and values of every distinct input in memory, this many GiB at most, so that a step runs
-    only what stands behind the input; training that would need more is refused at its start. ``null`` keeps none."""
 
 
 @dataclass(frozen=True)

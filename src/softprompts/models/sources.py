@@ -109,8 +109,8 @@ class SourceCache:
         if needed > self.limit_bytes:
             raise ConfigError(
                 f"keys and values of {tokens} tokens of input take {needed / 2**30:.2f} GiB, more than the "
-                f"{self.limit_bytes / 2**30:.2f} GiB of training.cache_source_gib; raise it, or set "
-                "training.cache_source_gib to null"
+                f"{self.limit_bytes / 2**30:.2f} GiB of model.cache_source_gib; raise it, or set "
+                "model.cache_source_gib to null"
             )
         return needed
 
@@ -139,8 +139,8 @@ class SourceCache:
         if self.bytes + needed > self.limit_bytes:
             raise ConfigError(
                 f"keys and values of {len(self) + len(sources)} inputs take more than the "
-                f"{self.limit_bytes / 2**30:.2f} GiB of training.cache_source_gib; raise it, or set "
-                "training.cache_source_gib to null"
+                f"{self.limit_bytes / 2**30:.2f} GiB of model.cache_source_gib; raise it, or set "
+                "model.cache_source_gib to null"
             )
         self.bytes += needed
         ids_RS = pad_sequence([torch.tensor(source) for source in sources], batch_first=True)

@@ -103,6 +103,12 @@ class Claim:
     """All of them have to hold."""
     published: str = ""
     """The paper's evidence in words and numbers."""
+    tiny: tuple[Check, ...] = ()
+    """What is checked at the scale ``tiny``, where its settings are others; empty takes ``checks``."""
+
+    def at(self, scale: str) -> tuple[Check, ...]:
+        """Return what is checked at a scale."""
+        return self.tiny if scale == "tiny" and self.tiny else self.checks
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,8 @@ class Result:
     def verdicts(self) -> tuple[Verdict, ...]:
         """One per claim."""
         main = self.plan.scale.metrics[0]
-        return tuple(judge(claim, self.values, main) for claim in self.plan.study.claims)
+        scale = self.plan.scale_name
+        return tuple(judge(claim, self.values, main, claim.at(scale)) for claim in self.plan.study.claims)
 
     @property
     def failed(self) -> list[Mapping[str, Any]]:

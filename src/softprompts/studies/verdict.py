@@ -131,9 +131,17 @@ def _outcome(low: float, high: float, within: float | None) -> Outcome:
     return "not reproduced" if high < 0 else "undecided"
 
 
-def judge(claim: Claim, values: Values, main_metric: str) -> Verdict:
-    """Apply the rule to one claim."""
-    differences = tuple(difference_of(check, values, main_metric) for check in claim.checks)
+def judge(claim: Claim, values: Values, main_metric: str, checks: Sequence[Check] | None = None) -> Verdict:
+    """Apply the rule to one claim.
+
+    Args:
+        claim: What a paper says.
+        values: What was measured.
+        main_metric: For checks that name none.
+        checks: How it is tested here; ``None`` takes the claim's own.
+    """
+    asked = claim.checks if checks is None else checks
+    differences = tuple(difference_of(check, values, main_metric) for check in asked)
     found = {one.outcome for one in differences}
     order: tuple[Outcome, ...] = ("not reproduced", "not measured", "undecided", "reproduced in direction")
     outcome = next(one for one in order if one in found)

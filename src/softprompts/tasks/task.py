@@ -135,10 +135,10 @@ class Task:
             if not isinstance(task.format, TextFormat):
                 raise ConfigError(f"task '{self.name}' has a fixed separator; leave task.separator out")
             task = replace(task, format=task.format.with_separator(parse_separator(config.separator)))
-        if config.target_prefix is not None:
+        if config.setting.target_prefix is not None:
             if not isinstance(task.format, TextFormat):
-                raise ConfigError(f"task '{self.name}' has a fixed layout; leave task.target_prefix out")
-            task = replace(task, format=task.format.with_target_prefix(config.target_prefix))
+                raise ConfigError(f"task '{self.name}' has a fixed layout; leave task.setting.target_prefix out")
+            task = replace(task, format=task.format.with_target_prefix(config.setting.target_prefix))
         own = {"train": config.train, "dev": config.dev, "test": config.test}
         given = {split: place for split, place in own.items() if place is not None}
         return replace(task, source=replace(task.source, packaged={**task.source.packaged, **given})) if given else task

@@ -56,7 +56,7 @@ class Footprint:
     optimizer: int
     """State of the optimizers."""
     sources: int
-    """Keys and values of inputs that are kept (``training.cache_source_gib``)."""
+    """Keys and values of inputs that are kept (``model.cache_source_gib``)."""
     logits: int
     """Tensors as wide as the vocabulary."""
     activations: int
