@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from softprompts.config import load_recipe
+from softprompts.config.merging import merged
 from softprompts.errors import ConfigError, DataNotFoundError
 
 
@@ -36,6 +38,28 @@ def test_sections_are_merged_and_lists_replaced(tmp_path: Path) -> None:
     last = write(tmp_path / "sub" / "last.yaml", "extends: middle.yaml\ncount: 5\n")
     assert load_recipe(last, Outer) == Outer(5, Inner(2.0, ("c",), {"x": 1, "y": 3}))
     assert load_recipe(last, Outer, ["inner.rate=7"]).inner == Inner(7.0, ("c",), {"x": 1, "y": 3})
+
+
+def test_a_section_without_keys_changes_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", "count: 1\ninner: {rate: 2, names: [a]}\n")
+    last = write(tmp_path / "last.yaml", "extends: base.yaml\ninner:\n  # rate: 3\n")
+    assert load_recipe(last, Outer) == Outer(1, Inner(2.0, ("a",)))
+
+
+def test_merging_leaves_both_sides_as_they_were() -> None:
+    below = {"a": {"x": 1, "y": {"z": 2}}, "b": [1, 2], "c": 3, "d": {"e": 4}, "f": 5}
+    above = {"a": {"y": {"z": 9, "new": 0}}, "b": [7], "c": None, "d": None, "f": {"g": 6}, "h": {"i": 8}}
+    kept = copy.deepcopy((below, above))
+    assert merged(below, above) == {
+        "a": {"x": 1, "y": {"z": 9, "new": 0}},
+        "b": [7],
+        "c": None,
+        "d": {"e": 4},
+        "f": {"g": 6},
+        "h": {"i": 8},
+    }
+    assert (below, above) == kept
+    assert merged(below, {"d": 1})["d"] == 1  # a value where a section stood is for the reader to refuse
 
 
 def test_wrong_keys_are_refused_wherever_they_stand(tmp_path: Path) -> None:

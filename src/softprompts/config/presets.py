@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from softprompts.config.merging import merged
 from softprompts.errors import ConfigError, nearest
 
 __all__ = ["PRESETS", "Case", "Preset", "preset_values", "with_preset"]
@@ -238,19 +239,7 @@ def with_preset(recipe: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
         for section in sections:
             inside = inside.setdefault(section, {})
         inside[last] = value
-    return _over(filled, recipe)
-
-
-def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge section by section; a section without a key, which YAML reads as nothing, changes nothing."""
-    both = dict(below)
-    for key, value in above.items():
-        inner = both.get(key)
-        if not isinstance(inner, dict) or not (value is None or isinstance(value, Mapping)):
-            both[key] = value
-        elif value is not None:
-            both[key] = _over(inner, value)
-    return both
+    return merged(filled, recipe)
 
 
 def _flat(sections: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from softprompts.config.merging import merged
 from softprompts.config.presets import with_preset
 from softprompts.errors import ConfigError, DataNotFoundError, nearest
 
@@ -34,7 +35,7 @@ def load_recipe(path: str | Path, cls: type[C], overrides: Sequence[str] = ()) -
 
     Args:
         path: A YAML file with one mapping. Its key ``extends`` may name another one, relative to it, whose values hold
-            where this one gives none; sections are merged key by key, lists are replaced.
+            where this one gives none (:func:`softprompts.config.merging.merged`).
         cls: The dataclass that the mapping becomes.
         overrides: ``"a.b=c"`` strings, applied in order; values are read as YAML.
 
@@ -74,15 +75,7 @@ def _read_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
         return mapping
     if not isinstance(base, str) or not base:
         raise ConfigError(f"recipe '{path}': 'extends' is {base!r}, expected the path of another recipe")
-    return _merged(_read_extended(path.parent / base, (*extending, path)), mapping)
-
-
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    both = dict(below)
-    for key, value in above.items():
-        inner = both.get(key)
-        both[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return both
+    return merged(_read_extended(path.parent / base, (*extending, path)), mapping)
 
 
 def override(config: C, overrides: Sequence[str]) -> C:
