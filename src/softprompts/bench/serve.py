@@ -27,6 +27,9 @@ from softprompts.types import PromptStates
 
 __all__ = ["ServeBench", "measure_serving"]
 
+_WARM_TOKENS = 8
+"""Of the round that does not count: it loads code and takes memory, which takes no whole outputs."""
+
 
 @dataclass(frozen=True)
 class ServeBench:
@@ -39,6 +42,7 @@ class ServeBench:
     new_tokens: int = 64
     """Tokens per row, exactly: no row may end its text earlier."""
     repeats: int = 5
+    """Rounds in which everybody takes a turn; a short one comes before them and does not count."""
     seed: int = 0
 
 
@@ -70,26 +74,26 @@ def measure_serving(
             pool.add(str(number), make_prompt(frozen, "prefix", bench.length, seed=bench.seed + number))
         states = [pool.wait(str(number)) for number in range(bench.rows)]
         engine = ServingEngine(frozen, pool, ServingLimits(bench.rows, max(512, bench.rows), 1 << 40))
-        peer = _Stacked(separate_model(frozen), frozen, states, bench.new_tokens)
-
-        def serve(name: str, prompts: Sequence[str | None], texts: Sequence[tuple[int, ...]]) -> None:
-            options = SamplingOptions(max_tokens=bench.new_tokens, min_tokens=bench.new_tokens)
-            pairs = enumerate(zip(texts, prompts, strict=True))
-            requests = [Request(str(number), ids, prompt, options) for number, (ids, prompt) in pairs]
-            outputs[name] = [output.ids for (output,) in engine.generate(requests)]
-
-        def theirs(_: int) -> None:
-            outputs["peer"] = peer.generate(inputs)
-
         mixed = [str(number) for number in range(bench.rows)]
-        subjects: dict[str, Callable[[int], object]] = {
-            "mixed": lambda _: serve("mixed", mixed, inputs),
-            "peer": theirs,
-            "one_prompt": lambda _: serve("one_prompt", ["0"] * bench.rows, inputs),
-            "no_prompt": lambda _: serve("no_prompt", [None] * bench.rows, inputs),
-            "text": lambda _: serve("text", [None] * bench.rows, [(*words, *ids) for ids in inputs]),
+        plain: list[str | None] = [None] * bench.rows
+        subjects: dict[str, _Subject] = {
+            "mixed": _Served(engine, mixed, inputs),
+            "peer": _Stacked(separate_model(frozen), frozen, states, inputs),
+            "one_prompt": _Served(engine, ["0"] * bench.rows, inputs),
+            "no_prompt": _Served(engine, plain, inputs),
+            "text": _Served(engine, plain, [(*words, *ids) for ids in inputs]),
         }
-        spreads = interleaved(subjects, repeats=bench.repeats, device=frozen.device, on_round=on_round)
+
+        def turn(name: str) -> Callable[[int], object]:
+            def run(_: int) -> None:
+                outputs[name] = subjects[name](bench.new_tokens)
+
+            return run
+
+        for subject in subjects.values():
+            subject(min(_WARM_TOKENS, bench.new_tokens))
+        turns = {name: turn(name) for name in subjects}
+        spreads = interleaved(turns, repeats=bench.repeats, device=frozen.device, warmup=0, on_round=on_round)
     seconds = {name: spread.median for name, spread in spreads.items()}
     tokens = bench.rows * bench.new_tokens
     same = sum(mine == other for mine, other in zip(outputs["mixed"], outputs["peer"], strict=True))
@@ -114,6 +118,29 @@ def measure_serving(
     }
 
 
+_Subject = Callable[[int], list[tuple[int, ...]]]
+"""Continues the rows by a number of tokens."""
+
+
+class _Served:
+    """The engine, with requests that all come at once.
+
+    Args:
+        engine: With nothing else to do.
+        prompts: Of the rows, ``None`` for none.
+        inputs: Tokens of the rows.
+    """
+
+    def __init__(self, engine: ServingEngine, prompts: Sequence[str | None], inputs: Sequence[tuple[int, ...]]) -> None:
+        self._engine, self._rows = engine, list(zip(inputs, prompts, strict=True))
+
+    def __call__(self, new_tokens: int) -> list[tuple[int, ...]]:
+        """Continue all inputs by so many tokens."""
+        options = SamplingOptions(max_tokens=new_tokens, min_tokens=new_tokens)
+        requests = [Request(str(number), ids, prompt, options) for number, (ids, prompt) in enumerate(self._rows)]
+        return [output.ids for (output,) in self._engine.generate(requests)]
+
+
 class _Stacked:
     """transformers' ``generate`` behind one prefix per row.
 
@@ -121,13 +148,17 @@ class _Stacked:
         model: Nothing of ours in it.
         frozen: Names the padding.
         states: The rows' prefixes, all of one length.
-        new_tokens: Per row.
+        inputs: Tokens of the rows.
     """
 
     def __init__(
-        self, model: PreTrainedModel, frozen: FrozenLM, states: Sequence[PromptStates], new_tokens: int
+        self,
+        model: PreTrainedModel,
+        frozen: FrozenLM,
+        states: Sequence[PromptStates],
+        inputs: Sequence[tuple[int, ...]],
     ) -> None:
-        self._model, self._frozen, self._new_tokens = model, frozen, new_tokens
+        self._model, self._frozen, self._inputs = model, frozen, inputs
         self._length = states[0].length
         keys = [site.key for site in frozen.geometry.sites]
         self._layers = [
@@ -135,9 +166,10 @@ class _Stacked:
         ]
 
     @torch.no_grad()
-    def generate(self, inputs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """Continue all inputs in one batch."""
-        pad, longest = self._frozen.pad_id, max(map(len, inputs))
+    def __call__(self, new_tokens: int) -> list[tuple[int, ...]]:
+        """Continue all inputs in one batch by so many tokens."""
+        inputs, pad = self._inputs, self._frozen.pad_id
+        longest = max(map(len, inputs))
         # generate cuts off what the cache holds already: as many tokens of any kind stand for the prefix
         rows = [[pad] * (self._length + longest - len(ids)) + list(ids) for ids in inputs]
         seen = [[1] * self._length + [0] * (longest - len(ids)) + [1] * len(ids) for ids in inputs]
@@ -149,8 +181,8 @@ class _Stacked:
             attention_mask=torch.tensor(seen, device=self._frozen.device),
             past_key_values=cache,
             do_sample=False,
-            max_new_tokens=self._new_tokens,
-            min_new_tokens=self._new_tokens,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
             pad_token_id=pad,
             eos_token_id=self._frozen.eos_id,
         )

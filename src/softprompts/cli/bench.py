@@ -62,7 +62,9 @@ def bench(
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="generate, serve: tokens per row.")] = 64,
     rows: Annotated[int, typer.Option("--rows", help="serve: requests at once, each with a prompt of its own.")] = 32,
     length: Annotated[int, typer.Option("--length", help="serve: positions of a prompt.")] = 100,
-    repeats: Annotated[int, typer.Option("--repeats", help="Rounds in which everybody takes a turn.")] = 9,
+    repeats: Annotated[
+        int | None, typer.Option("--repeats", help="Rounds in which everybody takes a turn (default: 9; serve: 5).")
+    ] = None,
     precision: _PrecisionOption = _Precision.float32,
     threads: Annotated[int | None, typer.Option("--threads", help="Of the CPU; all cores where left out.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
@@ -92,20 +94,23 @@ def bench(
         raise ConfigError("--precision best is for bench train; generation is measured in float32")
     console = console_for(json)
     best = precision is _Precision.best
+    rounds = repeats if repeats is not None else 5 if what is _What.serve else 9
     frozen = _model(model, device, seed, best=best and what is _What.serve)
     with console.status("preparing") as status:
 
         def on_round(number: int) -> None:
-            status.update(f"round {number + 1} of {repeats}")
+            status.update(f"round {number + 1} of {rounds}")
+            if what is _What.serve:  # rounds of many seconds: a log shall show them, too
+                console.print(f"round {number + 1} of {rounds}")
 
         if what is _What.train:
-            plan = measures.TrainBench(case or "prompt-100", batch_size, repeats, best=best, seed=seed)
+            plan = measures.TrainBench(case or "prompt-100", batch_size, rounds, best=best, seed=seed)
             report = measures.measure_training(frozen, plan, on_round=on_round)
         elif what is _What.serve:
-            wanted = measures.ServeBench(rows, length, new_tokens, repeats, seed)
+            wanted = measures.ServeBench(rows, length, new_tokens, rounds, seed)
             report = measures.measure_serving(frozen, wanted, on_round=on_round)
         else:
-            asked = measures.GenerateBench(case or "mixed-32", new_tokens, repeats, seed=seed)
+            asked = measures.GenerateBench(case or "mixed-32", new_tokens, rounds, seed=seed)
             report = measures.measure_generation(frozen, asked, on_round=on_round)
     shows = {_What.train: _show_training, _What.generate: _show_generation, _What.serve: _show_serving}
     shows[what](report, console)

@@ -1,0 +1,32 @@
+"""``bench serve``: what it compares answers the same requests with the same tokens."""
+
+from __future__ import annotations
+
+import pytest
+
+from conftest import byte_tokenizer, tiny_model
+from softprompts.bench import ServeBench, measure_serving
+from softprompts.errors import ConfigError
+from softprompts.models import FrozenLM
+
+
+def test_engine_and_peer_write_the_same_tokens():
+    frozen = FrozenLM.from_model(tiny_model("gpt2"), byte_tokenizer(), name="tiny")
+    rounds: list[int] = []
+    bench = ServeBench(rows=3, length=5, new_tokens=10, repeats=2)
+    report = measure_serving(frozen, bench, on_round=rounds.append)
+    assert rounds == [0, 1]
+    assert report["outputs_equal"] == 1.0
+    assert set(report["spread"]) == {"mixed", "peer", "one_prompt", "no_prompt", "text"}
+    assert all(spread["repeats"] == 2 for spread in report["spread"].values())
+    seconds = {name: spread["median"] for name, spread in report["spread"].items()}
+    assert report["tokens_per_s"] == pytest.approx(3 * 10 / seconds["mixed"])
+    assert report["ratio_peer"] == pytest.approx(seconds["peer"] / seconds["mixed"])
+    assert report["mixing_ratio"] == pytest.approx(seconds["mixed"] / seconds["one_prompt"])
+    assert (report["prompts"], report["prompt_length"], report["rows"]) == (3, 5, 3)
+
+
+def test_nothing_to_measure_is_refused():
+    frozen = FrozenLM.from_model(tiny_model("gpt2"), byte_tokenizer(), name="tiny")
+    with pytest.raises(ConfigError, match="expected 1 or more"):
+        measure_serving(frozen, ServeBench(rows=0))
