@@ -54,7 +54,7 @@ def test_a_failed_cell_is_recorded_and_can_be_run_again(tmp_path: Path):
     assert failed[0]["error"]["message"] == "a tensor is upset"
     assert len(cells) == 12
     last: Progress = said[-1]
-    assert (last.done, last.failed, last.total, last.seconds_left) == (12, 3, 12, 0.0)
+    assert (last.done, last.failed, last.left_out, last.total, last.seconds_left) == (12, 3, 0, 12, 0.0)
     idle = FakeRunner()
     assert run(plan, tmp_path, idle) == cells
     assert idle.ran == []

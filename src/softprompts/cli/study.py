@@ -14,6 +14,8 @@ import typer
 from softprompts.cli.output import JsonOption, console_for, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.console import Console
 
     from softprompts.studies.catalog import Plan
@@ -91,7 +93,7 @@ def _run(plan: Plan, out: Path, retry: bool, console: Console) -> dict[str, Any]
 
     from softprompts.bench.machine import machine
     from softprompts.cli.study_runs import CellRunner
-    from softprompts.studies.sweep import sweep, write_study
+    from softprompts.studies.sweep import is_left_out, sweep, write_study
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hardware = machine(device)
@@ -106,13 +108,14 @@ def _run(plan: Plan, out: Path, retry: bool, console: Console) -> dict[str, Any]
         stamp=lambda: {"date": _today(), "commit": hardware["commit"]},
         on_progress=lambda progress: _tell(progress, console),
     )
-    failed = [name for name, cell in cells.items() if "error" in cell]
-    console.print(
-        f"{len(cells)} cells, {len(failed)} failed; next: softprompts report {shlex.quote(str(out))}", markup=False
-    )
+    left_out = [name for name, cell in cells.items() if is_left_out(cell)]
+    failed = [name for name, cell in cells.items() if "error" in cell and name not in left_out]
+    said = f"{len(cells)} cells, {len(failed)} failed"
+    said += f", {len(left_out)} left out because their model or data are not there" if left_out else ""
+    console.print(f"{said}; next: softprompts report {shlex.quote(str(out))}", markup=False)
     seconds = sum(cell["wall_s"] for cell in cells.values())
     return {"verb": "study", "study": plan.study.name, "scale": plan.scale_name, "directory": str(out),
-            "cells": len(cells), "failed": failed, "seconds": seconds}  # fmt: skip
+            "cells": len(cells), "failed": failed, "left_out": left_out, "seconds": seconds}  # fmt: skip
 
 
 def _today() -> str:
@@ -121,9 +124,11 @@ def _today() -> str:
 
 def _tell(progress: Progress, console: Console) -> None:
     """One line per cell."""
+    from softprompts.studies.sweep import is_left_out
+
     cell, found = progress.cell, progress.found
     if "error" in found:
-        said = f"failed: {found['error']['message']}"
+        said = f"{'left out' if is_left_out(found) else 'failed'}: {found['error']['message']}"
     else:
         known = [(name, found["metrics"].get(name)) for name in progress.metrics[:2]]
         said = "  ".join(f"{name} {value:.4g}" for name, value in known if value is not None)
@@ -157,7 +162,7 @@ def _foretell(plan: Plan, out: Path | None, console: Console) -> dict[str, Any]:
     table = Table("cell", "model", "method", "steps", "TFLOP", "predicted", "state")
     rows = []
     for cell in plan.cells:
-        state = "" if cell.name not in done else "failed" if "error" in done[cell.name] else "done"
+        state = "" if cell.name not in done else _state(done[cell.name])
         row = {"cell": cell.name, **_summary(plan, cell), "flop": flop[cell.name], "state": state}
         row["seconds"] = flop[cell.name] / speed
         rows.append(row)
@@ -168,6 +173,12 @@ def _foretell(plan: Plan, out: Path | None, console: Console) -> dict[str, Any]:
     console.print(f"{len(rows)} cells, about {_duration(rest)} for what is missing, on {how}", markup=False)
     return {"verb": "study", "study": plan.study.name, "scale": plan.scale_name, "cells": rows, "seconds": rest,
             "predicted_for": how}  # fmt: skip
+
+
+def _state(found: Mapping[str, Any]) -> str:
+    from softprompts.studies.sweep import is_left_out
+
+    return "left out" if is_left_out(found) else "failed" if "error" in found else "done"
 
 
 def _summary(plan: Plan, cell: Any) -> dict[str, Any]:
@@ -184,18 +195,27 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where the report goes (default: into the folder).")
     ] = None,
+    verdicts: Annotated[
+        Path | None,
+        typer.Option(
+            "--verdicts",
+            metavar="FILE",
+            help="Instead: one Markdown page with every claim, those not run here included.",
+        ),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Write tables, plots and a verdict per claim: report.html (one file), report.md with its plots, results.csv.
 
     A study that is not finished is reported with what it has.
     """
+    from softprompts.studies.overview import write_overview
     from softprompts.studies.report import write_report
     from softprompts.studies.results import read_results
 
     results = read_results(directory)
     place = directory if out is None else out
-    written = write_report(results, place)
+    written = write_report(results, place) if verdicts is None else write_overview(results, directory, verdicts)
     console = console_for(json)
     for result in results:
         for verdict in result.verdicts:

@@ -84,14 +84,17 @@ class CellRunner:
 
     def _prompt_of(self, name: str, cell: Cell) -> Path:
         """Find the prompt that another setting trained on the same task with the same seed."""
-        from softprompts.errors import ConfigError
+        from softprompts.errors import ConfigError, DataNotFoundError
         from softprompts.studies.catalog import Cell
 
         source = Cell(self._plan.setting(name), cell.task, cell.seed)
         path = self._runs / source.lot / f"seed-{cell.seed}" / _TRAINED
         saved = json.loads(path.read_text(encoding="utf-8"))["saved"] if path.exists() else None
         if saved is None:
-            raise ConfigError(f"'{cell.setting.name}' needs the prompt of '{name}' with seed {cell.seed}, which failed")
+            said = f"'{cell.setting.name}' needs the prompt of '{name}'"
+            if not path.exists():
+                raise DataNotFoundError(f"{said}, which was not trained")
+            raise ConfigError(f"{said} with seed {cell.seed}, whose training left none")
         return Path(saved)
 
     def _judged(self, recipe: TrainRecipe, trained: Mapping[str, Any]) -> Found:

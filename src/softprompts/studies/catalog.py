@@ -13,9 +13,20 @@ import yaml
 
 from softprompts.config import TrainRecipe, decode, replaced
 from softprompts.errors import ConfigError, nearest
-from softprompts.studies.definition import Choice, Scale, Study
+from softprompts.studies.definition import Choice, Scale, Study, Uncovered
 
-__all__ = ["Cell", "Plan", "ScaleName", "Setting", "get_study", "make_plan", "plan_from", "recipe_of", "studies"]
+__all__ = [
+    "Cell",
+    "Plan",
+    "ScaleName",
+    "Setting",
+    "get_study",
+    "make_plan",
+    "plan_from",
+    "recipe_of",
+    "studies",
+    "uncovered",
+]
 
 ScaleName = Literal["tiny", "paper"]
 
@@ -119,6 +130,12 @@ def get_study(name: str) -> Study:
         own = dict(content[scale])
         content[scale] = _over(_read(_BASES)[own.pop("base")], own) if "base" in own else own
     return decode(Study, content)
+
+
+def uncovered() -> tuple[Uncovered, ...]:
+    """Claims of the papers that no study tests."""
+    text = (files("softprompts.studies") / _FOLDER / "_uncovered.yaml").read_text(encoding="utf-8")
+    return tuple(decode(Uncovered, one) for one in yaml.safe_load(text))
 
 
 def _read(name: str) -> dict[str, Any]:

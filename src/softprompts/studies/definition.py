@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Check", "Choice", "Claim", "Cost", "Judge", "Plot", "Published", "Scale", "Study"]
+__all__ = ["Check", "Choice", "Claim", "Cost", "Judge", "Plot", "Published", "Scale", "Study", "Uncovered"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,15 @@ class Claim:
     def at(self, scale: str) -> tuple[Check, ...]:
         """Return what is checked at a scale."""
         return self.tiny if scale == "tiny" and self.tiny else self.checks
+
+
+@dataclass(frozen=True)
+class Uncovered:
+    """A claim that no study tests."""
+
+    text: str
+    source: str
+    why: str
 
 
 @dataclass(frozen=True)

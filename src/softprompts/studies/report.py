@@ -21,7 +21,7 @@ from softprompts.studies.figures import draw, standalone
 from softprompts.studies.results import Result
 from softprompts.studies.verdict import RULE, Difference
 
-__all__ = ["write_report"]
+__all__ = ["render", "write_report"]
 
 _SAMPLES = 4
 """Settings of a study whose outputs are shown."""
@@ -54,15 +54,16 @@ def write_report(results: Sequence[Result], directory: Path) -> Path:
     replace_file(directory / "results.csv", _csv(results).encode())
     numbers = json.dumps([result.to_dict() for result in results], indent=1, ensure_ascii=False)
     replace_file(directory / "results.json", f"{numbers}\n".encode())
-    replace_file(directory / "report.md", _render("report.md.j2", context).encode())
-    return replace_file(directory / "report.html", _render("report.html.j2", context).encode())
+    replace_file(directory / "report.md", render("report.md.j2", context).encode())
+    return replace_file(directory / "report.html", render("report.html.j2", context).encode())
 
 
 def _key(result: Result) -> str:
     return f"{result.plan.study.name}-{result.plan.scale_name}"
 
 
-def _render(template: str, context: Mapping[str, Any]) -> str:
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """Fill in a template; the filter ``cell`` makes a text fit into a cell of a Markdown table."""
     environment = jinja2.Environment(
         autoescape=template.startswith("report.html"),
         undefined=jinja2.StrictUndefined,
@@ -96,6 +97,7 @@ def _part(result: Result, svg: str | None) -> dict[str, Any]:
                 "numbers": [row.numbers[name].shown if name in row.numbers else "-" for name in plan.scale.metrics],
                 "seeds": len(row.seeds),
                 "failed": row.failed,
+                "left_out": row.left_out,
                 "published": row.published,
             }
             for row in result.rows
@@ -108,6 +110,7 @@ def _part(result: Result, svg: str | None) -> dict[str, Any]:
             {"name": cell["name"], "message": f"{cell['error']['type']}: {cell['error']['message']}"}
             for cell in result.failed
         ],
+        "left_out": result.left_out,
         "samples": _samples(result),
         "settings": yaml.safe_dump(
             json.loads(json.dumps({"recipe": plan.scale.recipe, "judges": to_dict(plan.scale.judges)})),

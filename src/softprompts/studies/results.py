@@ -12,7 +12,7 @@ from typing import Any
 from softprompts.config import to_dict
 from softprompts.errors import ArtifactError
 from softprompts.studies.catalog import Plan, Setting, plan_from
-from softprompts.studies.sweep import STUDY_FILE, read_cells, read_study
+from softprompts.studies.sweep import STUDY_FILE, is_left_out, read_cells, read_study
 from softprompts.studies.verdict import Values, Verdict, judge
 
 __all__ = ["Number", "Result", "Row", "read_results"]
@@ -43,6 +43,8 @@ class Row:
     seeds: tuple[int, ...]
     """All seeds that were run to their end."""
     failed: int
+    left_out: int
+    """Of the seeds: their model or data were not there."""
     published: str
 
 
@@ -53,6 +55,8 @@ class Result:
     plan: Plan
     facts: Mapping[str, Any]
     cells: Mapping[str, Mapping[str, Any]]
+    place: Path | None = None
+    """The folder that it was read from."""
 
     @cached_property
     def values(self) -> Values:
@@ -87,7 +91,17 @@ class Result:
     @property
     def failed(self) -> list[Mapping[str, Any]]:
         """Cells that ended with an error."""
-        return [cell for cell in self.cells.values() if "error" in cell]
+        return [cell for cell in self.cells.values() if "error" in cell and not is_left_out(cell)]
+
+    @property
+    def left_out(self) -> dict[str, list[str]]:
+        """Settings whose model or data were not there, by the message that says so."""
+        found: dict[str, list[str]] = {}
+        for cell in filter(is_left_out, self.cells.values()):
+            said = cell["error"]["message"].replace(str(Path.home()), "~")
+            if cell["setting"] not in found.setdefault(said, []):
+                found[said].append(cell["setting"])
+        return found
 
     @property
     def seconds(self) -> float:
@@ -115,7 +129,8 @@ class Result:
             "study": self.plan.study.name,
             "scale": self.plan.scale_name,
             "facts": dict(self.facts),
-            "cells": {"planned": len(self.plan.cells), "done": len(self.cells), "failed": len(self.failed)},
+            "cells": {"planned": len(self.plan.cells), "done": len(self.cells), "failed": len(self.failed),
+                      "left_out": sum(map(is_left_out, self.cells.values()))},
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "rows": [
@@ -142,7 +157,9 @@ class Result:
             if one.setting == setting.name
         )
         seeds = sorted({cell["seed"] for cell in own if "error" not in cell})
-        return Row(setting, numbers, tuple(seeds), sum("error" in cell for cell in own), published)
+        left_out = sum(map(is_left_out, own))
+        failed = sum("error" in cell for cell in own) - left_out
+        return Row(setting, numbers, tuple(seeds), failed, left_out, published)
 
 
 def _number(by_seed: Mapping[int, float]) -> Number:
@@ -175,4 +192,4 @@ def _read(place: Path) -> Result:
     plan = plan_from(content)
     known = {cell.name for cell in plan.cells}
     cells = {name: cell for name, cell in read_cells(place).items() if name in known}
-    return Result(plan, content["facts"], cells)
+    return Result(plan, content["facts"], cells, place)

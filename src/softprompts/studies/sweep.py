@@ -15,13 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from softprompts.config import to_dict
-from softprompts.errors import ArtifactError, CheckpointError, TrainingInterrupted
+from softprompts.errors import ArtifactError, CheckpointError, DataNotFoundError, TrainingInterrupted
 from softprompts.storage.directory import replace_file
 from softprompts.studies.catalog import Cell, Plan
 from softprompts.studies.cost import cell_flop, seconds_left
 from softprompts.training.checkpoint import changed_keys
 
-__all__ = ["CELLS", "STUDY_FILE", "Found", "Progress", "Runner", "read_cells", "read_study", "sweep", "write_study"]
+__all__ = [
+    "CELLS",
+    "STUDY_FILE",
+    "Found",
+    "Progress",
+    "Runner",
+    "is_left_out",
+    "read_cells",
+    "read_study",
+    "sweep",
+    "write_study",
+]
 
 STUDY_FILE, CELLS = "study.json", "cells"
 _FORMAT = 1
@@ -40,6 +51,7 @@ class Progress:
 
     done: int
     failed: int
+    left_out: int
     total: int
     seconds_left: float | None
     """At the speed of the cells of this study; ``None`` before the first."""
@@ -115,6 +127,11 @@ def read_cells(directory: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def is_left_out(cell: Mapping[str, Any]) -> bool:
+    """Whether a cell could not be run because its model or data are not there, which says nothing of the setting."""
+    return bool("error" in cell and cell["error"]["type"] == DataNotFoundError.__name__)
+
+
 def sweep(
     plan: Plan,
     directory: Path,
@@ -130,7 +147,7 @@ def sweep(
         plan: The study; its folder was prepared by :func:`write_study`.
         directory: The folder.
         runner: Trains and judges.
-        retry: Run the cells again that failed.
+        retry: Run the cells again that failed. Those whose model or data were not there are tried again anyway.
         stamp: What is kept with each new cell, such as the commit.
         on_progress: Called after every cell.
 
@@ -141,7 +158,8 @@ def sweep(
         StorageError: A cell cannot be written.
         TrainingInterrupted: Somebody stopped the study; calling it again goes on.
     """
-    done = {name: cell for name, cell in read_cells(directory).items() if not (retry and "error" in cell)}
+    known = read_cells(directory)
+    done = {name: cell for name, cell in known.items() if not (is_left_out(cell) or (retry and "error" in cell))}
     flop = {cell.name: cell_flop(plan, cell) for cell in plan.cells}
     spent = 0.0  # seconds of this call, and the work that they paid for
     paid = 0.0
@@ -165,10 +183,11 @@ def sweep(
         replace_file(directory / CELLS / f"{cell.name}.json", _json(content))
         done[cell.name] = content
         if on_progress is not None:
-            failed = sum("error" in one for one in done.values())
+            left_out = sum(is_left_out(one) for one in done.values())
+            failed = sum("error" in one for one in done.values()) - left_out
             rest = sum(amount for name, amount in flop.items() if name not in done)
             left = seconds_left(rest, paid, spent)
-            on_progress(Progress(len(done), failed, len(flop), left, cell, content, plan.scale.metrics))
+            on_progress(Progress(len(done), failed, left_out, len(flop), left, cell, content, plan.scale.metrics))
 
     for lot, cells in plan.lots().items():
         missing = [cell for cell in cells if cell.name not in done]
