@@ -147,3 +147,6 @@ def test_a_delta_comes_back_onto_its_own_model_only(
     (directory / "tuned.json").write_text(json.dumps({**manifest, "sha256": "0" * 64}))
     with pytest.raises(ArtifactError, match="does not match the sha256"):
         load_delta(directory, frozen)
+    (directory / "tuned.json").write_text("[1]")
+    with pytest.raises(ArtifactError, match="expected an object"):
+        load_delta(directory, frozen)

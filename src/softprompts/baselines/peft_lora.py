@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import importlib
 import tempfile
 import warnings
@@ -22,10 +21,10 @@ from transformers.pytorch_utils import Conv1D
 
 from softprompts.baselines.fine_tuning import TunedObjective
 from softprompts.config import LoraConfig
-from softprompts.errors import ArtifactError, ConfigError, MissingExtraError
+from softprompts.errors import ConfigError, MissingExtraError
 from softprompts.models import FrozenLM
-from softprompts.storage.directory import read_file
-from softprompts.storage.tuned import check_model, read_tuned, save_tuned
+from softprompts.storage.recorded import read_recorded
+from softprompts.storage.tuned import TUNED_FILE, check_model, read_tuned, save_tuned
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["LoraObjective", "load_lora"]
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_MAX_BYTES = 1 << 40
 
 
 @final
@@ -135,8 +133,7 @@ def load_lora(directory: str | Path, frozen: FrozenLM, *, in_place: bool = False
     info = read_tuned(directory)
     check_model(info, frozen, directory)
     path = Path(directory).resolve() / info.weights_file
-    if hashlib.sha256(read_file(path, _MAX_BYTES)).hexdigest() != info.sha256:
-        raise ArtifactError(f"'{path}' does not match the sha256 in tuned.json: it was damaged; copy or train it again")
+    read_recorded(path, sha256=info.sha256, manifest=TUNED_FILE)
     model = frozen.release() if in_place else copy.deepcopy(frozen.model)
     with _quiet():
         peft.PeftModel.from_pretrained(model, str(path.parent))

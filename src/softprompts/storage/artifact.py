@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -29,10 +27,9 @@ from softprompts.errors import ArtifactError, PromptMismatchError
 from softprompts.prompts import SoftPrompt, prompt_from_table
 from softprompts.prompts.prefix import flatten_states, unflatten_states
 from softprompts.storage.card import render_card
-from softprompts.storage.directory import list_names, read_file, read_head, read_stable, write_directory
+from softprompts.storage.directory import list_names, read_file, read_stable, write_directory
 from softprompts.storage.manifest import (
     MAX_MANIFEST_BYTES,
-    ModelIdentity,
     Origin,
     ParameterCount,
     PromptInfo,
@@ -40,7 +37,8 @@ from softprompts.storage.manifest import (
     parse_manifest,
     render_manifest,
 )
-from softprompts.storage.match import IdentifiedModel, matched_geometry
+from softprompts.storage.match import IdentifiedModel, identity_of, matched_geometry
+from softprompts.storage.recorded import read_recorded_tensors
 from softprompts.storage.shapes import tensor_shapes
 from softprompts.types import MetricValue
 
@@ -156,7 +154,7 @@ def render_prompt(
         dtype=dtype,
         parameters=ParameterCount(trained=prompt.trained_parameters, stored=table_PW.numel()),
         geometry=prompt.geometry,
-        model=ModelIdentity(frozen.name, frozen.fingerprint, frozen.tokenizer_fingerprint, frozen.quantization),
+        model=identity_of(frozen),
         origin=replace(origin, created=datetime.now(UTC).isoformat(timespec="seconds"), versions=_versions()),
         tensors=TensorFile(sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content)),
         layers=prompt.layers,
@@ -199,21 +197,10 @@ def _load(directory: Path, frozen: IdentifiedModel | None, allow_other_model: bo
         else matched_geometry(info, frozen, path=directory, allow_other_model=allow_other_model)
     )
     path = directory / TENSOR_FILE
-    _refuse_pickle(path, read_head(path, 9))
-    content = read_file(path, max_bytes=info.tensors.size_bytes)
-    if len(content) < info.tensors.size_bytes:
-        raise ArtifactError(
-            f"'{path}' is truncated: {len(content)} bytes, expected {info.tensors.size_bytes}; "
-            "copy or save the prompt again"
-        )
-    if hashlib.sha256(content).hexdigest() != info.tensors.sha256:
-        raise ArtifactError(
-            f"'{path}' does not match the sha256 in prompt.json; it was damaged, so copy or save the prompt again"
-        )
-    try:
-        tensors = load_tensors(content)
-    except SafetensorError as error:
-        raise ArtifactError(f"'{path}' is no safetensors file: {error}") from error
+    recorded = info.tensors
+    tensors = read_recorded_tensors(
+        path, sha256=recorded.sha256, manifest=MANIFEST_FILE, size_bytes=recorded.size_bytes
+    )
     table_PW = _join(path, tensors, info)
     return LoadedPrompt(prompt_from_table(info.kind, geometry, table_PW, info.layers, info.placement), info)
 
@@ -237,15 +224,6 @@ def _read_manifest(directory: Path) -> PromptInfo:
         return parse_manifest(read_file(directory / MANIFEST_FILE, MAX_MANIFEST_BYTES))
     except ArtifactError as error:
         raise ArtifactError(f"the prompt in '{directory}' is refused: {error}") from error
-
-
-def _refuse_pickle(path: Path, head: bytes) -> None:
-    # A safetensors header of 640 bytes also starts with 0x80 0x02: only the zeros and the brace after it tell.
-    pickled = head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and head[8:9] != b"{"
-    if pickled or head[:4] == b"PK\x03\x04":
-        raise ArtifactError(
-            f"'{path}' is a pickle (or torch.save archive) under another name; pickles are never loaded"
-        )
 
 
 # --------------------------------------------------------------------------------------------------------------------

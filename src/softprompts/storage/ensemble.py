@@ -15,9 +15,10 @@ from typing import Literal
 from softprompts.config import decode, to_dict
 from softprompts.errors import ArtifactError, ConfigError, PromptMismatchError
 from softprompts.storage.artifact import LoadedPrompt, load_prompt, read_info
-from softprompts.storage.directory import read_file, replace_file
+from softprompts.storage.directory import replace_file
 from softprompts.storage.manifest import PromptInfo
 from softprompts.storage.match import IdentifiedModel
+from softprompts.storage.recorded import read_object
 
 __all__ = ["ENSEMBLE_FILE", "Combination", "EnsembleInfo", "load_ensemble", "read_ensemble", "save_ensemble"]
 
@@ -92,12 +93,8 @@ def read_ensemble(directory: str | Path) -> EnsembleInfo:
         raise ArtifactError(
             f"'{directory}' holds no {ENSEMBLE_FILE}, so it is no ensemble; make one with `softprompts ensemble train`"
         )
-    written = read_file(path, _MAX_BYTES)
-    try:
-        content = json.loads(written.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"'{path}' is no valid JSON: {error}") from error
-    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+    content = read_object(path, _MAX_BYTES)
+    if content.pop("format", None) != _FORMAT:
         raise ArtifactError(f'\'{path}\' does not say "format": "{_FORMAT}"; it is no ensemble of softprompts')
     version = content.pop("format_version", None)
     if type(version) is not int or version != _FORMAT_VERSION:

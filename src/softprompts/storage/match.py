@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Protocol
 
 from softprompts.errors import PromptMismatchError
-from softprompts.storage.manifest import PromptInfo
+from softprompts.storage.manifest import ModelIdentity, PromptInfo
 from softprompts.storage.shapes import partial_geometry
 from softprompts.types import Geometry
 
-__all__ = ["IdentifiedModel", "RecordedModel", "matched_geometry", "unknown_model"]
+__all__ = ["IdentifiedModel", "RecordedModel", "identity_of", "matched_geometry", "unknown_model"]
 
 
 class IdentifiedModel(Protocol):
@@ -52,6 +52,11 @@ class RecordedModel:
     tokenizer_fingerprint: str
     geometry: Geometry
     quantization: str | None = None
+
+
+def identity_of(frozen: IdentifiedModel) -> ModelIdentity:
+    """Say which model something is for, as manifests write it."""
+    return ModelIdentity(frozen.name, frozen.fingerprint, frozen.tokenizer_fingerprint, frozen.quantization)
 
 
 def unknown_model(width: int) -> RecordedModel:

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -31,6 +29,7 @@ from softprompts.prompts import SoftPrompt, prompt_from_table
 from softprompts.storage.directory import list_names, read_file, read_stable, write_directory
 from softprompts.storage.manifest import MAX_MANIFEST_BYTES, MAX_TENSOR_BYTES
 from softprompts.storage.match import IdentifiedModel
+from softprompts.storage.recorded import parse_tensors, read_object
 from softprompts.types import Geometry
 
 __all__ = ["PEFT_MANIFEST_FILE", "PEFT_TENSOR_FILE", "export_peft", "import_peft", "is_peft", "peft_method"]
@@ -209,23 +208,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"'{directory}' holds a pickle, 'adapter_model.bin'; pickles are never loaded: save it again with PEFT's "
             "save_pretrained(..., safe_serialization=True)"
         )
-    try:
-        config = json.loads(read_file(directory / PEFT_MANIFEST_FILE, MAX_MANIFEST_BYTES))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(f"'{directory / PEFT_MANIFEST_FILE}' is no valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ArtifactError(f"'{directory / PEFT_MANIFEST_FILE}' holds a {type(config).__name__}, expected an object")
-    return config
+    return read_object(directory / PEFT_MANIFEST_FILE, MAX_MANIFEST_BYTES)
 
 
 def _read_table(directory: Path, method: str, task: int | None) -> Tensor:
     path = directory / PEFT_TENSOR_FILE
-    try:
-        tensors = load_tensors(read_file(path, MAX_TENSOR_BYTES))
-    except SafetensorError as error:
-        raise ArtifactError(f"'{path}' is no safetensors file: {error}") from error
+    tensors = parse_tensors(path, read_file(path, MAX_TENSOR_BYTES))
     multitask = method == "MULTITASK_PROMPT_TUNING"
     expected = {"prompt_embeddings", *(("prefix_task_cols", "prefix_task_rows") if multitask else ())}
     if set(tensors) != expected:

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -25,8 +23,10 @@ from softprompts import __version__
 from softprompts.config import decode, to_dict
 from softprompts.errors import ArtifactError, ConfigError, PromptMismatchError
 from softprompts.models import FrozenLM
-from softprompts.storage.directory import read_file, read_stable, write_directory
+from softprompts.storage.directory import read_stable, write_directory
 from softprompts.storage.manifest import MAX_MANIFEST_BYTES, ModelIdentity
+from softprompts.storage.match import identity_of
+from softprompts.storage.recorded import read_object, read_recorded_tensors
 
 __all__ = [
     "DELTA_FILE",
@@ -42,7 +42,6 @@ __all__ = [
 
 TUNED_FILE = "tuned.json"
 DELTA_FILE = "delta.safetensors"
-_MAX_BYTES = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,6 @@ class TunedInfo:
 def is_tuned(directory: str | Path) -> bool:
     """Whether a directory holds tuned weights."""
     return (Path(directory) / TUNED_FILE).is_file()
-
-
-def _identity_of(frozen: FrozenLM) -> ModelIdentity:
-    """Say which model weights are for."""
-    return ModelIdentity(frozen.name, frozen.fingerprint, frozen.tokenizer_fingerprint, frozen.quantization)
 
 
 def save_tuned(
@@ -101,7 +95,7 @@ def save_tuned(
     """
     info = TunedInfo(
         method=recipe.method,
-        model=_identity_of(frozen),
+        model=identity_of(frozen),
         weights_file=weights_file,
         sha256=hashlib.sha256(files[weights_file]).hexdigest(),
         stored_parameters=stored_parameters,
@@ -152,16 +146,16 @@ def read_tuned(directory: str | Path) -> TunedInfo:
     Raises:
         ArtifactError: It is missing or damaged.
     """
+    return read_stable(directory, _read_info)
 
-    def read(place: Path) -> TunedInfo:
-        path = place / TUNED_FILE
-        content = read_file(path, MAX_MANIFEST_BYTES)
-        try:
-            return decode(TunedInfo, json.loads(content))
-        except (ValueError, ConfigError) as error:
-            raise ArtifactError(f"'{path}' is damaged or of another version: {error}; train again") from error
 
-    return read_stable(directory, read)
+def _read_info(place: Path) -> TunedInfo:
+    path = place / TUNED_FILE
+    mapping = read_object(path, MAX_MANIFEST_BYTES)
+    try:
+        return decode(TunedInfo, mapping)
+    except ConfigError as error:
+        raise ArtifactError(f"'{path}' is damaged or of another version: {error}; train again") from error
 
 
 def check_model(info: TunedInfo, frozen: FrozenLM, directory: str | Path) -> None:
@@ -198,18 +192,14 @@ def load_delta(directory: str | Path, frozen: FrozenLM, *, in_place: bool = Fals
         ArtifactError: A file is missing or damaged, or names weights that the model does not have.
         PromptMismatchError: They were made from another model.
     """
-    info = read_tuned(directory)
-    check_model(info, frozen, directory)
-    path = Path(directory).resolve() / info.weights_file
-    content = read_file(path, _MAX_BYTES)
-    if hashlib.sha256(content).hexdigest() != info.sha256:
-        raise ArtifactError(
-            f"'{path}' does not match the sha256 in {TUNED_FILE}: it was damaged; copy or train it again"
-        )
-    try:
-        weights = load_tensors(content)
-    except SafetensorError as error:
-        raise ArtifactError(f"'{path}' is no safetensors file: {error}") from error
+
+    def read(place: Path) -> tuple[Path, dict[str, Tensor]]:
+        info = _read_info(place)
+        check_model(info, frozen, directory)
+        path = place / info.weights_file
+        return path, read_recorded_tensors(path, sha256=info.sha256, manifest=TUNED_FILE)
+
+    path, weights = read_stable(directory, read)
     model = frozen.release() if in_place else copy.deepcopy(frozen.model)
     own = dict(model.named_parameters())
     for name, value in weights.items():

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from softprompts import __version__
 from softprompts.config import ProjectorConfig, decode, to_dict
-from softprompts.errors import ArtifactError, PromptMismatchError
-from softprompts.storage.directory import read_file, read_stable, write_directory
-from softprompts.storage.manifest import ModelIdentity
-from softprompts.storage.match import IdentifiedModel
+from softprompts.errors import ArtifactError, ConfigError, PromptMismatchError
+from softprompts.storage.directory import read_stable, write_directory
+from softprompts.storage.manifest import MAX_MANIFEST_BYTES, ModelIdentity
+from softprompts.storage.match import IdentifiedModel, identity_of
+from softprompts.storage.recorded import read_object, read_recorded_tensors
 from softprompts.storage.shapes import GeometryJson, geometry_from_json, geometry_to_json, layers_from_json
 from softprompts.transfer.projector import Projector, PromptSpace
 
@@ -31,7 +30,6 @@ __all__ = ["MANIFEST_FILE", "TENSOR_FILE", "LoadedProjector", "load_projector", 
 TENSOR_FILE = "projector.safetensors"
 MANIFEST_FILE = "projector.json"
 _FORMAT = "softprompts.projector"
-_MAX_MANIFEST_BYTES = 1 << 20
 _MAX_TENSOR_BYTES = 8 << 30
 
 
@@ -120,9 +118,8 @@ def save_projector(
 
 
 def _side(space: PromptSpace, frozen: IdentifiedModel) -> dict[str, Any]:
-    identity = ModelIdentity(frozen.name, frozen.fingerprint, frozen.tokenizer_fingerprint, frozen.quantization)
     return {
-        "model": to_dict(identity),
+        "model": to_dict(identity_of(frozen)),
         "geometry": geometry_to_json(space.geometry),
         "layers": None if space.layers is None else [f"{site}.{layer}" for site, layer in space.layers],
     }
@@ -155,13 +152,10 @@ def _load(directory: Path, source: IdentifiedModel | None, target: IdentifiedMod
             )
     if not 0 < manifest.size_bytes <= _MAX_TENSOR_BYTES:
         raise ArtifactError(f"'{directory / MANIFEST_FILE}' describes a file of {manifest.size_bytes} bytes; refused")
-    content = read_file(directory / TENSOR_FILE, max_bytes=manifest.size_bytes)
-    if hashlib.sha256(content).hexdigest() != manifest.sha256:
-        raise ArtifactError(f"'{directory / TENSOR_FILE}' was damaged: its sha256 is not that of {MANIFEST_FILE}")
-    try:
-        tensors = load_tensors(content)
-    except SafetensorError as error:
-        raise ArtifactError(f"'{directory / TENSOR_FILE}' is no safetensors file: {error}") from error
+    path = directory / TENSOR_FILE
+    tensors = read_recorded_tensors(
+        path, sha256=manifest.sha256, manifest=MANIFEST_FILE, size_bytes=manifest.size_bytes
+    )
     try:
         with torch.device("meta"):  # nothing is allocated for what a manifest says before a file proves it
             projector = Projector(_space(manifest, manifest.source), _space(manifest, manifest.target), manifest.config)
@@ -178,12 +172,10 @@ def _space(manifest: _Manifest, side: _Side) -> PromptSpace:
 
 def _read_manifest(directory: Path) -> _Manifest:
     path = directory / MANIFEST_FILE
+    mapping = read_object(path, MAX_MANIFEST_BYTES)
     try:
-        mapping = json.loads(read_file(path, _MAX_MANIFEST_BYTES))
         manifest = decode(_Manifest, mapping)
-    except (ValueError, RecursionError, AttributeError) as error:
-        if isinstance(error, ArtifactError):
-            raise
+    except ConfigError as error:
         raise ArtifactError(f"'{path}' describes no projector of this version: {error}") from error
     if manifest.format != _FORMAT or manifest.kind not in ("embedding", "prefix"):
         raise ArtifactError(f"'{path}' says '{manifest.format}' of kind '{manifest.kind}', expected '{_FORMAT}'")
