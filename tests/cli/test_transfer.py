@@ -189,6 +189,17 @@ def test_a_stopped_match_goes_on_and_finished_work_is_kept(world: Path, tmp_path
     assert resumed["prompts"][0]["transferred"] == whole["prompts"][0]["transferred"]
 
 
+def test_a_match_draws_random_batches_where_rows_are_packed(world: Path, tmp_path: Path):
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join("so nice " * (1 + number % 4) + f"{number}" for number in range(20)))
+    losses = {}
+    for batching in ("auto", "random", "length"):
+        steps = {"max_steps": 3, "batch_size": 4, "batching": batching}
+        changes = {"match": {"texts": str(file)}, "training": steps, "output_dir": str(tmp_path / batching)}
+        losses[batching] = transfer_models(transfer_recipe(world, tmp_path, **changes))["prompts"][0]["transferred"]
+    assert losses["auto"] == losses["random"] != losses["length"]
+
+
 def vars_of(config: TransferRecipe) -> dict[str, Any]:
     return {"texts": config.match.texts}
 

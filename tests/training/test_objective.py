@@ -18,7 +18,15 @@ from softprompts.errors import CheckpointError, StorageError
 from softprompts.models import FrozenLM
 from softprompts.prompted import PromptedLM
 from softprompts.prompts import build_prompt
-from softprompts.training import EncodedBatches, PromptObjective, fit, in_order, mean_loss, without_prompts
+from softprompts.training import (
+    EncodedBatches,
+    PromptObjective,
+    fit,
+    in_order,
+    mean_loss,
+    wants_batches_by_length,
+    without_prompts,
+)
 from softprompts.types import Encoded, Example
 
 Tiny = Callable[[str], FrozenLM]
@@ -148,6 +156,20 @@ def test_batches_of_an_epoch_can_be_entered_anywhere(frozen: FrozenLM, by_length
         rest = list(source(2, start))
         assert len(rest) == len(whole) - start
         assert all(torch.equal(a.ids_BT, b.ids_BT) for a, b in zip(rest, whole[start:], strict=True))
+
+
+def test_batches_are_by_length_where_a_model_pads_or_where_the_recipe_says_so(frozen: FrozenLM):
+    packed, padded = PromptedLM(frozen, []), PromptedLM(frozen, [])
+    padded.packing = False
+    assert (packed.packs, padded.packs) == (True, False)
+    for batching, own, theirs, both in (
+        ("auto", False, True, True),
+        ("random", False, False, False),
+        ("length", True, True, True),
+    ):
+        config = TrainingConfig(batching=batching)
+        found = [wants_batches_by_length(config, *models) for models in ((packed,), (padded,), (packed, padded))]
+        assert found == [own, theirs, both], batching
 
 
 def test_fine_tuning_learns_resumes_and_loads_in_transformers(frozen: FrozenLM, tmp_path: Path):

@@ -116,13 +116,36 @@ def test_divergence_counts_what_is_not_kept_as_one_outcome():
     assert everything > float(plain)
 
 
-def test_batches_come_back_alike_from_any_start(source: FrozenLM):
+@pytest.mark.parametrize("by_length", [True, False])
+def test_batches_come_back_alike_from_any_start(source: FrozenLM, by_length: bool):
     teacher = Teacher(source, prompt_of(source), vocab_size=VOCABULARY)
-    batches = MatchBatches(rows(7), teacher, batch_size=2, pad_id=source.pad_id, seed=4)
+    batches = MatchBatches(rows(7), teacher, batch_size=2, pad_id=source.pad_id, seed=4, by_length=by_length)
     whole, rest = list(batches(1, 0)), list(batches(1, 2))
     assert len(whole) == 4
     assert [one.batch.ids_BT.tolist() for one in whole[2:]] == [one.batch.ids_BT.tolist() for one in rest]
     assert sum(one.batch.rows for one in batches.in_order()) == 7
+
+
+@pytest.mark.parametrize("top_k", [None, 8])
+def test_random_batches_hold_every_text_once_with_its_own_outputs(source: FrozenLM, top_k: int | None):
+    teacher = Teacher(source, prompt_of(source), vocab_size=VOCABULARY, top_k=top_k)
+    texts = rows(60)
+    drawn, sorted_ = (
+        MatchBatches(texts, teacher, batch_size=6, pad_id=source.pad_id, by_length=by_length)
+        for by_length in (False, True)
+    )
+    assert sorted(itertools.chain(*drawn.indices(0))) == list(range(60))
+    assert drawn.indices(0) != drawn.indices(1)
+
+    def mixed(batches: MatchBatches) -> int:
+        return sum(len({texts[index].length for index in indices}) > 1 for indices in batches.indices(0))
+
+    assert mixed(drawn) >= 8  # of 10 batches; three lengths of 20 texts each
+    assert mixed(sorted_) <= 2
+    for one in itertools.islice(drawn(0, 0), 3):
+        now = teacher(one.batch)
+        known = now if one.teacher is None else one.teacher
+        assert torch.allclose(known.output.logprobs, now.output.logprobs, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["embedding", "prefix"])

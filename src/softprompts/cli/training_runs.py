@@ -78,12 +78,11 @@ class PreparedRun:
     def member(self, on_event: Callable[[Event], None]) -> Member[Any]:
         """Put it in the form that the training loop takes."""
         from softprompts.baselines.autoprompt import AutoPromptObjective
-        from softprompts.training import EncodedBatches, Member
+        from softprompts.training import EncodedBatches, Member, wants_batches_by_length
 
         config, prompted = self.plan.config, self.objective.prompted
         training = config.training
-        # Packed rows have no pads to save, and random batches teach more per step.
-        by_length = training.batching == "length" or (training.batching == "auto" and not prompted.packs)
+        by_length = wants_batches_by_length(training, prompted)
         batches = EncodedBatches(self.rows.train, training.batch_size, prompted.frozen.pad_id, training.seed, by_length)
         searches = isinstance(self.objective, AutoPromptObjective)
         return Member(

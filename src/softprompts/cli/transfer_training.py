@@ -133,7 +133,7 @@ def train_projector(
     from softprompts.cli.transfer_tasks import saved_prompts
     from softprompts.prompted import PromptedLM
     from softprompts.storage import load_prompt
-    from softprompts.training import EncodedBatches
+    from softprompts.training import EncodedBatches, wants_batches_by_length
     from softprompts.transfer import Projector, PromptSpace, projected_prompt, save_projector, word_spread
 
     config = recipe.projector
@@ -161,7 +161,8 @@ def train_projector(
         )
     else:
         train, dev = _pooled(saved, target)
-        batches = EncodedBatches(train, recipe.training.batch_size, target.pad_id, recipe.training.seed)
+        by_length = wants_batches_by_length(recipe.training, prompted)
+        batches = EncodedBatches(train, recipe.training.batch_size, target.pad_id, recipe.training.seed, by_length)
         validate = None if not dev else lambda: {"loss": _dev_loss(prompted, dev, recipe.judge.batch_size)}
         result = _fit(
             ModuleObjective[Any](projector, loss),
@@ -279,7 +280,7 @@ def match(
     """
     from softprompts.cli.transfer_texts import text_rows
     from softprompts.prompted import PromptedLM
-    from softprompts.training import mean_loss
+    from softprompts.training import mean_loss, wants_batches_by_length
     from softprompts.transfer import MatchBatches, Teacher, refuse_unmatchable
 
     refuse_unmatchable(source, target, prompt)
@@ -289,13 +290,18 @@ def match(
     held = max(1, len(rows) // _HELD_OUT)
     vocab_size = min(source.geometry.vocab_size, target.geometry.vocab_size, len(target.tokenizer))
     teacher = Teacher(source, prompt, vocab_size=vocab_size, top_k=recipe.match.top_k)
+    student = PromptedLM(target, [start.fold()])
     train, dev = (
         MatchBatches(
-            part, teacher, batch_size=recipe.training.batch_size, pad_id=target.pad_id, seed=recipe.training.seed
+            part,
+            teacher,
+            batch_size=recipe.training.batch_size,
+            pad_id=target.pad_id,
+            seed=recipe.training.seed,
+            by_length=wants_batches_by_length(recipe.training, student, teacher.prompted),
         )
         for part in (rows[held:], rows[:held])
     )
-    student = PromptedLM(target, [start.fold()])
     objective = ModuleObjective["MatchBatch"](student.prompts, _match_loss(recipe, student, teacher))
     before = mean_loss(objective, dev.in_order())
     result = _fit(

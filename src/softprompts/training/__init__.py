@@ -5,7 +5,7 @@ passes. :class:`PromptObjective` is the objective of soft prompts; any other obj
 :class:`Objective` is trained alike.
 """
 
-from softprompts.training.batches import EncodedBatches, in_order
+from softprompts.training.batches import EncodedBatches, in_order, wants_batches_by_length
 from softprompts.training.checkpoint import TrainState, changed_keys
 from softprompts.training.events import TIMING_FIELDS, Event, read_events
 from softprompts.training.footprint import Footprint, footprint, longest_update
@@ -55,5 +55,6 @@ __all__ = [
     "show_progress",
     "show_shared_progress",
     "to_tensorboard",
+    "wants_batches_by_length",
     "without_prompts",
 ]

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
+from softprompts.config import TrainingConfig
+from softprompts.prompted import PromptedLM
 from softprompts.tasks.encode import bucketed_batches, collate, shuffled_batches
 from softprompts.types import Batch, Encoded
 
-__all__ = ["EncodedBatches", "in_order"]
+__all__ = ["EncodedBatches", "in_order", "wants_batches_by_length"]
 
 
 @final
@@ -35,6 +37,19 @@ class EncodedBatches:
         """Give the batches of one epoch from number ``start`` on, padded on the right."""
         for indices in self.indices(epoch)[start:]:
             yield collate([self.rows[index] for index in indices], pad_id=self.pad_id)
+
+
+def wants_batches_by_length(config: TrainingConfig, *prompted: PromptedLM) -> bool:
+    """Whether rows of similar length are to share a batch (``training.batching``).
+
+    Args:
+        config: Of the run.
+        prompted: All models that run the batches. Packed rows have no pads to save, and random batches teach more per
+            step, so ``auto`` asks for batches by length only where one of them pads.
+    """
+    if config.batching == "auto":
+        return not all(one.packs for one in prompted)
+    return config.batching == "length"
 
 
 def in_order(rows: Sequence[Encoded], batch_size: int, *, pad_id: int) -> Iterator[Batch]:

@@ -27,7 +27,7 @@ from softprompts.errors import ConfigError, PromptMismatchError, UnsupportedMode
 from softprompts.models import FrozenLM
 from softprompts.prompted import PromptedLM
 from softprompts.prompts import SoftPrompt
-from softprompts.tasks.encode import bucketed_batches, collate
+from softprompts.tasks.encode import bucketed_batches, collate, shuffled_batches
 from softprompts.types import Batch, Encoded
 
 __all__ = [
@@ -214,19 +214,35 @@ class MatchBatches:
         batch_size: Rows of a batch.
         pad_id: Of the target model.
         seed: Of the order.
+        by_length: Rows of similar length share a batch (less padding); otherwise chance decides alone (more learned per
+            step).
     """
 
     def __init__(
-        self, rows: Sequence[Encoded], teacher: Teacher, *, batch_size: int, pad_id: int, seed: int = 0
+        self,
+        rows: Sequence[Encoded],
+        teacher: Teacher,
+        *,
+        batch_size: int,
+        pad_id: int,
+        seed: int = 0,
+        by_length: bool = True,
     ) -> None:
         self.rows, self.batch_size, self.pad_id, self.seed = list(rows), batch_size, pad_id, seed
+        self.by_length = by_length
         self._kept = _of_rows(self.rows, teacher, batch_size, pad_id) if teacher.top_k is not None else None
 
     def __call__(self, epoch: int, start: int) -> Iterator[MatchBatch]:
         """Give the batches of one epoch from number ``start`` on."""
-        lengths = [row.length for row in self.rows]
-        for indices in bucketed_batches(lengths, self.batch_size, seed=self.seed, epoch=epoch)[start:]:
+        for indices in self.indices(epoch)[start:]:
             yield self._batch(indices)
+
+    def indices(self, epoch: int) -> list[list[int]]:
+        """Give the rows of every batch of one epoch."""
+        if not self.by_length:
+            return shuffled_batches(len(self.rows), self.batch_size, seed=self.seed, epoch=epoch)
+        lengths = [row.length for row in self.rows]
+        return bucketed_batches(lengths, self.batch_size, seed=self.seed, epoch=epoch)
 
     def in_order(self) -> Iterator[MatchBatch]:
         """Give every row once, always in the same batches: for measuring."""
