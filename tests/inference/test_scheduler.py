@@ -40,12 +40,23 @@ def cache(columns):
 
 def track(number, length=3, prompt=None, **options):
     request = Request(f"r{number}", (1,) * length, prompt, SamplingOptions(**options))
-    return Track(number, request, 0, seed=0, tokenizer=TOKENIZER)
+    return Track(number, request, 0, seed=0, tokenizer=TOKENIZER, prompt=prompt)
+
+
+def group(first, prompts, length=3, **options):
+    """Rows of one output."""
+    leader = None
+    for number, prompt in enumerate(prompts):
+        request = Request(f"r{first}", (1,) * length, None, SamplingOptions(**options))
+        one = Track(first + number, request, 0, seed=0, tokenizer=TOKENIZER, prompt=prompt, leader=leader)
+        leader = one.leader
+    return leader.together
 
 
 def scheduler(memory, prompts=None, *, longest=None, continuous=True, **limits):
     asked = prompts or {}
-    return Scheduler(memory, ServingLimits(**limits), lease=asked.__getitem__, longest=longest, continuous=continuous)
+    of = lambda rows: longest  # noqa: E731
+    return Scheduler(memory, ServingLimits(**limits), lease=asked.__getitem__, longest=of, continuous=continuous)
 
 
 def compute(works):
@@ -53,8 +64,9 @@ def compute(works):
     for one, tokens in works:
         one.computed += tokens
         assert one.missing >= 0
-        if not one.missing:
-            one.tokens.append(2)
+    for leader in {work.track.leader for work in works}:
+        if not any(one.missing for one in leader.together):
+            leader.tokens.append(2)
 
 
 def test_next_tokens_come_first_then_pieces_of_inputs_then_new_rows():
@@ -133,6 +145,27 @@ def test_prompts_that_fail_and_rows_that_are_too_long_say_so():
     assert isinstance(lost.failure, SoftPromptsError)
 
 
+def test_of_outputs_that_need_several_prompts_one_at_a_time_may_hold_some():
+    """Two that each hold one prompt and wait for room for another would wait for ever."""
+    prompts = {name: Prompt(2, ready=False) for name in "abcde"}
+    plan = scheduler(cache(4096), prompts, max_rows=8)
+    first, second, alone = group(0, "ab"), group(2, "cd"), track(4, 3, "e")
+    for one in (*first, *second, alone):
+        plan.add(one)
+    assert plan.schedule() == []
+    assert [one.lease is None for one in (*first, *second, alone)] == [False, False, True, True, False]
+    prompts["a"].ready = prompts["e"].ready = True
+    assert [work.track for work in plan.schedule()] == [alone]
+    prompts["b"].ready = True
+    assert [work.track for work in plan.schedule()][1:] == first
+    assert [one.lease is None for one in second] == [False, False]
+    prompts["c"].error = ConfigError("broken")
+    plan.schedule()
+    assert isinstance(second[0].failure, ConfigError)
+    plan.remove(second[0])
+    assert not plan.waiting
+
+
 def test_batches_that_stay_together_take_nobody_in():
     plan = scheduler(cache(4096), continuous=False, max_rows=2, tokens_per_step=4)
     for number in range(3):
@@ -161,17 +194,28 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.plan = scheduler(self.memory, self.prompts, max_rows=5, tokens_per_step=12)
         self.alive, self.done, self.count = {}, 0, 0
 
-    @rule(length=st.integers(1, 80), new=st.integers(1, 60), prompt=st.sampled_from(["none", "some", "more"]))
-    def submit(self, length, new, prompt):
-        one = track(self.count, length, None if prompt == "none" else prompt, max_tokens=new)
-        self.count += 1
-        self.alive[one.number] = one
-        self.plan.add(one)
+    @rule(
+        length=st.integers(1, 80),
+        new=st.integers(1, 60),
+        prompts=st.lists(st.sampled_from([None, "some", "more"]), min_size=1, max_size=3),
+    )
+    def submit(self, length, new, prompts):
+        if 40 + length + new > self.memory.longest(len(prompts)):
+            prompts = prompts[:1]
+        for one in group(self.count, prompts, length, max_tokens=new):
+            self.alive[one.number] = one
+            self.plan.add(one)
+        self.count += len(prompts)
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
     def cancel(self, data):
-        self.plan.remove(self.alive.pop(data.draw(st.sampled_from(sorted(self.alive)))))
+        self._remove(self.alive[data.draw(st.sampled_from(sorted(self.alive)))].leader)
+
+    def _remove(self, leader):
+        self.plan.remove(leader)
+        for one in leader.together:
+            del self.alive[one.number]
 
     @rule(steps=st.integers(1, 8))
     def run(self, steps):
@@ -182,9 +226,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             for one, tokens in works:
                 self._write(one, tokens)
             compute(works)
-            for one, _ in works:
+            for one in {one.leader for one, _ in works}:
                 if one.generated == one.options.max_tokens:
-                    self.plan.remove(self.alive.pop(one.number))
+                    self._remove(one)
 
     def _write(self, one, tokens):
         """Mark the row's columns, and look whether those before are still its own."""
@@ -206,6 +250,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for queue in (self.plan.running, self.plan.waiting):
             assert [one.number for one in queue] == sorted(one.number for one in queue)
         assert len(self.plan.running) <= 5
+        for one in self.plan.running:
+            assert all(other in self.plan.running for other in one.leader.together)
 
     @invariant()
     def memory_is_that_of_the_rows_that_run_and_no_more_than_allowed(self):

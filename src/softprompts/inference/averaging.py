@@ -13,8 +13,9 @@ from torch import Tensor
 from softprompts.config import DecodingConfig
 from softprompts.errors import ConfigError
 from softprompts.inference.sampling import Search, Step
+from softprompts.inference.track import Track
 
-__all__ = ["Averaged", "check_averaged", "mean_logprobs"]
+__all__ = ["Averaged", "averaged_together", "check_averaged", "mean_logprobs"]
 
 
 def mean_logprobs(logits_RV: Tensor, members: int) -> Tensor:
@@ -77,3 +78,34 @@ class Averaged:
         member_N = torch.arange(self._members, device=logits_RV.device)
         parents_R = (step.parents_R[:, None] * self._members + member_N).flatten()
         return Step(step.closed, parents_R, step.tokens_R.repeat_interleave(self._members))
+
+
+def averaged_together(logits_RV: Tensor, tracks: list[Track]) -> tuple[Tensor, list[Track]]:
+    """Average what was computed for outputs that several rows write together.
+
+    Rows of one output may be computed in different steps, where inputs are read in pieces; those that are ready keep
+    what they heard until the last one is.
+
+    Args:
+        logits_RV: Of the last token of every row that was computed.
+        tracks: The rows.
+
+    Returns:
+        Logits, or log-probabilities of a mean, of the outputs whose next token can be chosen, and their leaders.
+    """
+    if all(len(track.leader.together) == 1 for track in tracks):
+        return logits_RV, tracks
+    alone = [row for row, track in enumerate(tracks) if len(track.leader.together) == 1]
+    parts, leaders = [logits_RV[alone]], [tracks[row] for row in alone]
+    for track, logits_V in zip(tracks, logits_RV, strict=True):
+        rows = track.leader.together
+        if len(rows) == 1:
+            continue
+        track.heard_V = logits_V
+        heard = [one.heard_V for one in rows if one.heard_V is not None]
+        if len(heard) == len(rows):
+            parts.append(mean_logprobs(torch.stack(heard), len(rows)))
+            leaders.append(track.leader)
+            for one in rows:
+                one.heard_V = None
+    return torch.cat(parts), leaders

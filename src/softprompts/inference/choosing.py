@@ -48,6 +48,10 @@ def choose(logits_RV: Tensor, tracks: Sequence[Track], end_ids: Collection[int])
         drawn_R = draw(warp(scores_RV[rows], options), uniforms)
         for row, token in zip(rows, drawn_R.tolist(), strict=True):
             tokens[row] = token
+    for row, track in enumerate(tracks):
+        forced = track.options.forced_ids
+        if track.generated < len(forced):
+            tokens[row] = forced[track.generated]
     found = _logprobs(logits_RV, tracks, tokens)
     return [Chosen(tokens[row], finite[row], found.get(row)) for row in range(len(tracks))]
 

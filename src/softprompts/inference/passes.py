@@ -38,9 +38,8 @@ class ForwardPass(Protocol):
         """Whether rows may join while others run."""
         ...
 
-    @property
-    def longest(self) -> int | None:
-        """Most positions that one row may have, ``None`` for any number."""
+    def longest(self, rows: int = 1) -> int | None:
+        """Most positions that each of so many rows may have at once, ``None`` for any number."""
         ...
 
     @property
@@ -82,11 +81,10 @@ class SlotForward:
         self._frozen, self._causal = frozen, frozen.causal
         self.memory = SlotCache(frozen.geometry, dtype=frozen.dtype, device=frozen.device, limit_bytes=cache_bytes)
 
-    @property
-    def longest(self) -> int | None:
+    def longest(self, rows: int = 1) -> int | None:
         """What the model was made for, or less where the memory holds less."""
-        limit = self._frozen.geometry.max_positions
-        return self.memory.longest if limit is None else min(limit, self.memory.longest)
+        limit, room = self._frozen.geometry.max_positions, self.memory.longest(rows)
+        return room if limit is None else min(limit, room)
 
     @property
     def load(self) -> float:
@@ -140,16 +138,17 @@ class StaticForward:
     """
 
     continuous = False
-    longest: int | None = None
     load = 0.0
 
     def __init__(self, frozen: FrozenLM) -> None:
         self._frozen, self._prompted = frozen, PromptedLM(frozen)
         self.memory = _NoLimit()
-        if frozen.pair is None:
-            self.longest = frozen.geometry.max_positions
         self._rows: list[Track] = []
         self._state: DecodeState | Seq2SeqState | None = None
+
+    def longest(self, rows: int = 1) -> int | None:
+        """What the model was made for; an encoder-decoder checks its two texts itself."""
+        return self._frozen.geometry.max_positions if self._frozen.pair is None else None
 
     def __call__(self, works: Sequence[Work]) -> tuple[Tensor, list[Track]]:
         """See :class:`ForwardPass`."""

@@ -48,6 +48,8 @@ class SamplingOptions:
     """Added to the logits of these tokens."""
     banned_ids: tuple[tuple[int, ...], ...] = ()
     """Sequences of tokens that are never produced; the meaning is that of :func:`banned_sequences`."""
+    forced_ids: tuple[int, ...] = ()
+    """The first tokens of the output, whatever the model prefers: with ``logprobs``, how likely it finds them."""
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense.
@@ -82,6 +84,14 @@ class Request:
     prompt: str | None = None
     """Name of the prompt in front of it; ``None`` for the bare model."""
     options: SamplingOptions = field(default_factory=SamplingOptions)
+    averaged: tuple[str, ...] = ()
+    """Names of prompts that write one output together, in place of ``prompt``: every token is chosen from the mean of
+    their next-token distributions, and log-probabilities are those of the mean."""
+
+    @property
+    def prompts(self) -> tuple[str | None, ...]:
+        """One per row of an output."""
+        return self.averaged or (self.prompt,)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Who is computed in the next step: pure bookkeeping, without a tensor.
 
-Every output waits, runs, or is gone. A step may compute a number of tokens: first the next token of every row that
-goes on, then pieces of inputs that are still being read, then new inputs, in the order of arrival. Where memory for
-keys and values runs out, the row that came last goes back to waiting and is computed anew later; what it has generated
-so far is kept. A request whose prompt is still being loaded is overtaken and holds nobody up.
+Every row waits, runs, or is gone; rows of one output do so together. A step may compute a number of tokens: first the
+next token of every row that goes on, then pieces of inputs that are still being read, then new inputs, in the order of
+arrival. Where memory for keys and values runs out, the output that came last goes back to waiting and is computed anew
+later; what it has generated so far is kept. A request whose prompt is still being loaded is overtaken and holds nobody
+up.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Scheduler:
         memory: Where rows lie.
         limits: How much runs at once.
         lease: Asks for a prompt by its name.
-        longest: Positions that the model has, ``None`` for any number.
+        longest: Positions that a row may have where so many are of one output, ``None`` for any number.
         continuous: Whether rows join while others run, and inputs are read in pieces; otherwise new rows wait until
             all that run are done, and are read whole.
     """
@@ -94,7 +95,7 @@ class Scheduler:
         limits: ServingLimits,
         *,
         lease: Callable[[str], LeasedPrompt],
-        longest: int | None = None,
+        longest: Callable[[int], int | None] = lambda rows: None,
         continuous: bool = True,
     ) -> None:
         self.limits = limits
@@ -112,9 +113,10 @@ class Scheduler:
         """Decide what is computed now; slots are opened, enlarged and taken away on the way."""
         works: list[Work] = []
         before = self.preemptions
-        for track in [track for track in self.running if track.missing == 1]:
-            if self._has_room(track):
-                works.append(Work(track, 1))
+        for leader in _leaders(self.running):
+            going = [track for track in leader.together if track.missing == 1]
+            if going and self._has_room(going):
+                works += [Work(track, 1) for track in going]
         budget = self.limits.tokens_per_step - len(works)
         for track in self.running:
             if track.missing > 1 and budget > 0:
@@ -122,74 +124,112 @@ class Scheduler:
                 budget -= works[-1].tokens
         if self.preemptions > before or (self.running and not self._continuous):
             return works  # memory is short, or the batch is closed
-        for track in self._loaded():
-            if len(self.running) >= self.limits.max_rows or budget <= 0 or not self._memory.fits(track.length):
+        for leader in self._loaded():
+            rows = leader.together
+            if len(self.running) + len(rows) > self.limits.max_rows or budget <= 0 or not self._open(rows):
                 break
-            states = None if track.lease is None else track.lease.states
-            track.computed = self._memory.open(track.number, track.length, states)
-            self.waiting.remove(track)
-            bisect.insort(self.running, track, key=_arrival)
-            count = min(track.missing, budget) if self._continuous else track.missing
-            works.append(Work(track, count))
-            budget -= count if self._continuous else 0
+            for track in rows:
+                self.waiting.remove(track)
+                bisect.insort(self.running, track, key=_arrival)
+                count = min(track.missing, budget) if self._continuous else track.missing
+                if count:
+                    works.append(Work(track, count))
+                budget -= count if self._continuous else 0
         return works
 
-    def remove(self, track: Track) -> None:
-        """Forget a track that is done."""
-        if track in self.running:
-            self.running.remove(track)
-            self._memory.close(track.number)
-        else:
-            self.waiting.remove(track)
-        track.let_go()
+    def remove(self, leader: Track) -> None:
+        """Forget an output that is done, with all of its rows."""
+        for track in leader.together:
+            if track in self.running:
+                self.running.remove(track)
+                self._memory.close(track.number)
+            else:
+                self.waiting.remove(track)
+            track.let_go()
 
-    def _has_room(self, track: Track) -> bool:
-        """Make room for the next token; the row that came last goes back to waiting if there is none."""
-        if track not in self.running:
-            return False  # it was sent back a moment ago
-        while not self._memory.fits(track.length, track.number):
-            last = self.running.pop()
-            self._memory.close(last.number)
-            last.computed = 0
-            bisect.insort(self.waiting, last, key=_arrival)
-            self.preemptions += 1
-            if last is track:
+    def _open(self, rows: list[Track]) -> bool:
+        """Give all rows of an output their places, or none of them."""
+        for number, track in enumerate(rows):
+            if not self._memory.fits(track.length):
+                for other in rows[:number]:
+                    self._memory.close(other.number)
+                    other.step_back()
                 return False
-        self._memory.ensure(track.number, track.length)
+            states = None if track.lease is None else track.lease.states
+            track.computed = self._memory.open(track.number, track.length, states)
+        return True
+
+    def _has_room(self, rows: list[Track]) -> bool:
+        """Make room for the next token; the output that came last goes back to waiting if there is none."""
+        for track in rows:
+            if track not in self.running:
+                return False  # it was sent back a moment ago
+            while not self._memory.fits(track.length, track.number):
+                last = self.running[-1].leader
+                for one in last.together:
+                    self.running.remove(one)
+                    self._memory.close(one.number)
+                    one.step_back()
+                    bisect.insort(self.waiting, one, key=_arrival)
+                    self.preemptions += 1
+                if last is track.leader:
+                    return False
+            self._memory.ensure(track.number, track.length)
         return True
 
     def _loaded(self) -> Iterator[Track]:
-        """Waiting tracks that could run, first come first served; the prompts of the next ones are asked for."""
-        ask = True
-        for track in self.waiting[: 2 * self.limits.max_rows]:
-            if track.failure is not None:
+        """Leaders of waiting outputs that could run, first come first served; the next ones' prompts are asked for."""
+        ask = ask_several = True
+        for leader in _leaders(self.waiting[: 2 * self.limits.max_rows]):
+            if leader.failure is not None:
                 continue
-            name = track.request.prompt
-            if name is not None and track.lease is None and ask:
-                try:
-                    track.lease = self._lease(name)
-                except SoftPromptsError as error:  # it was there when the request came
-                    track.fail(error)
-                    continue
+            rows = leader.together
+            if not self._asked(rows, ask and (ask_several or len(rows) == 1)):
+                continue
+            if any(track.lease is None or not track.lease.ready for track in rows if track.prompt is not None):
+                # Prompts of those behind it would take the room that it waits for; and of outputs that need several
+                # prompts, only one may hold some while it waits for others.
+                ask = ask and not any(track.lease is not None and track.lease.waits_for_room for track in rows)
+                ask_several = ask_several and len(rows) == 1
+                continue
+            if self._short_enough(rows):
+                yield leader
+
+    def _asked(self, rows: list[Track], may_ask: bool) -> bool:
+        """Ask for the prompts of an output's rows; false where one of them cannot be had."""
+        failed = False
+        for track in rows:
+            error: Exception | None = None
+            try:
+                if track.prompt is not None and track.lease is None and may_ask:
+                    track.lease = self._lease(track.prompt)
+            except SoftPromptsError as gone:  # it was there when the request came
+                error = gone
             if track.lease is not None:
-                if track.lease.error is not None:
-                    track.fail(track.lease.error)
-                    continue
-                if not track.lease.ready:
-                    # prompts of those behind it would take the room that it waits for
-                    ask = ask and not track.lease.waits_for_room
-                    continue
-                track.prompt_length = track.lease.states.length
-            elif name is not None:
-                continue
-            if self._longest is not None and track.length + track.options.max_tokens - track.generated > self._longest:
-                track.fail(too_long(track.request, track.prompt_length, self._longest))
-                continue
-            yield track
+                error = track.lease.error
+            if error is not None:
+                track.fail(error)
+                failed = True
+        return not failed
+
+    def _short_enough(self, rows: list[Track]) -> bool:
+        """Whether an output can be made to its end; otherwise it fails."""
+        longest = self._longest(len(rows))
+        for track in rows:
+            track.prompt_length = 0 if track.lease is None else track.lease.states.length
+            if longest is not None and track.length + track.options.max_tokens - track.generated > longest:
+                track.fail(too_long(track.request, track.prompt_length, longest))
+                return False
+        return True
 
 
 def _arrival(track: Track) -> int:
     return track.number
+
+
+def _leaders(tracks: list[Track]) -> list[Track]:
+    """One track per output."""
+    return [track for track in tracks if track.leader is track]
 
 
 def too_long(request: Request, prompt_length: int, longest: int) -> LengthError:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from softprompts.errors import ConfigError, LengthError, QueueFullError, UnknownPromptError
+from softprompts.inference.averaging import averaged_together
 from softprompts.inference.choosing import Chosen, choose
 from softprompts.inference.passes import forward_pass
 from softprompts.inference.pool import Lease, PromptPool
@@ -63,6 +64,7 @@ class ServingEngine:
         )
         self._numbers = itertools.count()
         self._tracks: dict[str, list[Track]] = {}
+        """Unfinished outputs of every request, by their leaders."""
         self._end_ids = frozenset({frozen.eos_id})
         self._input_tokens = self._generated_tokens = self._steps = 0
 
@@ -90,7 +92,7 @@ class ServingEngine:
         works = self._scheduler.schedule()
         events += [self._farewell(track) for track in self._leaving()]
         if works:
-            logits_RV, tracks = self._forward(works)
+            logits_RV, tracks = averaged_together(*self._forward(works))
             self._steps += 1
             chosen = choose(logits_RV, tracks, self._end_ids) if tracks else []
             events += [self._tell(track, one) for track, one in zip(tracks, chosen, strict=True)]
@@ -123,9 +125,10 @@ class ServingEngine:
         return Event(track.request.id, track.index, text, ids, logprobs, reason, stop_reason)
 
     def _leaving(self) -> list[Track]:
-        """Tracks that were cancelled, or whose prompt could not be loaded."""
+        """Outputs that were cancelled, or whose prompt could not be loaded, by their leaders."""
         everybody = (*self._scheduler.running, *self._scheduler.waiting)
-        return [track for track in everybody if track.cancelled or track.failure is not None]
+        leaders = [track for track in everybody if track.leader is track]
+        return [track for track in leaders if track.cancelled or track.failure is not None]
 
     def _farewell(self, track: Track) -> Event:
         reason: FinishReason = "cancelled" if track.failure is None else "error"
@@ -157,7 +160,7 @@ class ServingEngine:
         Raises:
             UnknownPromptError: There is no such prompt.
         """
-        longest = self._forward.longest
+        longest = self._forward.longest(len(request.prompts))
         return None if longest is None else longest - self._prompt_length(request) - len(request.ids)
 
     def check(self, request: Request) -> None:
@@ -177,6 +180,7 @@ class ServingEngine:
             raise ConfigError(
                 f"the input holds ids that are no tokens of this model (0 to {self.frozen.geometry.vocab_size - 1})"
             )
+        self._check_rows(request)
         prompt = self._prompt_length(request)
         if self.frozen.pair is not None:
             check_room(self.frozen.pair, prompt, len(ids), options.max_tokens, name="the request")
@@ -192,18 +196,22 @@ class ServingEngine:
             SoftPromptsError: As :meth:`check`.
         """
         self.check(request)
-        waiting = len(self._scheduler.waiting)
-        if waiting + request.options.n > self.limits.max_waiting + self.limits.max_rows - len(self._scheduler.running):
-            raise QueueFullError(f"{waiting} outputs wait already, {self.limits.max_waiting} may; ask again later")
+        waiting, running = len(self._scheduler.waiting), len(self._scheduler.running)
+        rows = request.options.n * len(request.prompts)
+        if waiting + rows > self.limits.max_waiting + self.limits.max_rows - running:
+            raise QueueFullError(f"{waiting} rows wait already, {self.limits.max_waiting} may; ask again later")
         seed = request.options.seed
         seed = secrets.randbits(64) if seed is None else seed
         self._input_tokens += len(request.ids)
-        self._tracks[request.id] = [
-            Track(next(self._numbers), request, index, seed=seed, tokenizer=self.frozen.tokenizer)
-            for index in range(request.options.n)
-        ]
-        for track in self._tracks[request.id]:
-            self._scheduler.add(track)
+        leaders = self._tracks[request.id] = []
+        for index in range(request.options.n):
+            leader = None
+            for prompt in request.prompts:
+                number, tokenizer = next(self._numbers), self.frozen.tokenizer
+                track = Track(number, request, index, seed=seed, tokenizer=tokenizer, prompt=prompt, leader=leader)
+                leader = track.leader
+                self._scheduler.add(track)
+            leaders += [leader] if leader is not None else []
 
     def cancel(self, request_id: str) -> bool:
         """Stop a request: its outputs end in the next step.
@@ -226,7 +234,7 @@ class ServingEngine:
         events: dict[tuple[str, int], list[Event]] = {}
         pending = list(reversed(requests))
         while pending or self.busy:
-            while pending and len(self._scheduler.waiting) < self.limits.max_rows:
+            while pending and self._may_add(pending[-1]):
                 self.submit(pending.pop())
             new = self.step()
             for event in new:
@@ -252,12 +260,32 @@ class ServingEngine:
             steps=self._steps,
         )
 
+    def _may_add(self, request: Request) -> bool:
+        """Whether :meth:`generate` lets one more request wait: some more than run, so that their prompts are loaded."""
+        waiting = len(self._scheduler.waiting)
+        return not waiting or waiting + request.options.n * len(request.prompts) <= self.limits.max_rows
+
+    def _check_rows(self, request: Request) -> None:
+        """Refuse outputs whose rows could never be there all at once."""
+        names = request.averaged
+        if names and request.prompt is not None:
+            raise ConfigError(
+                f"request '{request.id}' names a prompt and prompts that are averaged; give one of the two"
+            )
+        if len(names) > self.limits.max_rows:
+            raise ConfigError(
+                f"{len(names)} prompts are to answer together, but at most {self.limits.max_rows} rows are computed at "
+                "once; raise max_rows"
+            )
+
     def _prompt_length(self, request: Request) -> int:
-        if request.prompt is None:
-            return 0
+        """P, of several prompts the longest."""
+        return max(0 if name is None else self._length(name) for name in request.prompts)
+
+    def _length(self, name: str) -> int:
         if self.pool is None:
-            raise UnknownPromptError(f"there is no prompt '{request.prompt[:200]}': this engine was given none")
-        return self.pool.length(request.prompt)
+            raise UnknownPromptError(f"there is no prompt '{name[:200]}': this engine was given none")
+        return self.pool.length(name)
 
     def _lease(self, name: str) -> Lease:
         assert self.pool is not None

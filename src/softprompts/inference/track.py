@@ -1,10 +1,14 @@
-"""One output that is being made: its tokens, how far they are computed, its text, its random numbers."""
+"""One row that is being computed, and the output that it is of: tokens, text, random numbers.
+
+An output has one row; where several prompts write it together, it has one row for each of them.
+"""
 
 from __future__ import annotations
 
 import random
 from typing import Protocol
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from softprompts.errors import SoftPromptsError
@@ -44,23 +48,39 @@ class LeasedPrompt(Protocol):
 
 
 class Track:
-    """One output of a request. Owned by the scheduler.
+    """One row of one output of a request. Owned by the scheduler.
 
     Args:
         number: Names its row; rises with arrival.
         request: What was asked for.
         index: Number of the output, below ``n``.
+        prompt: Name of the row's prompt; ``None`` for none.
+        leader: The first row of the same output, if there is one; the output is the leader's.
         seed: Of its draws; those of output i of a seed are those of row i of :meth:`Engine.generate` with this seed.
         tokenizer: Decodes its tokens.
     """
 
     def __init__(
-        self, number: int, request: Request, index: int, *, seed: int, tokenizer: PreTrainedTokenizerBase
+        self,
+        number: int,
+        request: Request,
+        index: int,
+        *,
+        seed: int,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str | None = None,
+        leader: Track | None = None,
     ) -> None:
-        self.number, self.request, self.index = number, request, index
+        self.number, self.request, self.index, self.prompt = number, request, index, prompt
         self.options = request.options
-        self.tokens = list(request.ids)
-        """Input and output."""
+        self.leader = self if leader is None else leader
+        self.together: list[Track] = []
+        """All rows of the output, in order; a leader's alone. They run, and wait, together."""
+        self.leader.together.append(self)
+        self.tokens: list[int] = list(request.ids) if leader is None else leader.tokens
+        """Input and output; the rows of an output share them."""
+        self.heard_V: Tensor | None = None
+        """What the model says of the next token, until all rows of the output have been told."""
         self.lease: LeasedPrompt | None = None
         self.prompt_length = 0
         """P, known when the prompt is there."""
@@ -92,8 +112,14 @@ class Track:
         return self.generated < self.options.min_tokens
 
     def fail(self, error: Exception) -> None:
-        """Take note of why it ends; a mistake of a user's is told as it is."""
-        self.failure = error if isinstance(error, SoftPromptsError) else RuntimeError(f"internal error: {error!r}")
+        """Take note of why the output ends; a mistake of a user's is told as it is."""
+        self.leader.failure = (
+            error if isinstance(error, SoftPromptsError) else RuntimeError(f"internal error: {error!r}")
+        )
+
+    def step_back(self) -> None:
+        """Lose what was computed."""
+        self.computed, self.heard_V = 0, None
 
     def let_go(self) -> None:
         """Release its prompt."""

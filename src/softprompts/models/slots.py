@@ -77,10 +77,10 @@ class SlotCache:
         """Columns of the slot that a row of ``length`` positions gets."""
         return max(_LEAST_COLUMNS, 1 << (length - 1).bit_length())
 
-    @property
-    def longest(self) -> int:
-        """Positions of the largest slot for which there is room."""
-        return 1 << (self.limit_columns.bit_length() - 1) if self.limit_columns >= _LEAST_COLUMNS else 0
+    def longest(self, rows: int = 1) -> int:
+        """Positions of the largest slots of which there is room for so many."""
+        columns = self.limit_columns // rows
+        return 1 << (columns.bit_length() - 1) if columns >= _LEAST_COLUMNS else 0
 
     def fits(self, length: int, row: int | None = None) -> bool:
         """Whether there is room for ``length`` positions: of a new row, or of one that is there already."""
