@@ -7,13 +7,23 @@ import json
 import pytest
 
 from live_server import key, save_words, serving, tiny_frozen_lm
-from softprompts.evaluation.ensemble import combine
-from softprompts.inference import PromptPool, Request, SamplingOptions, ServingEngine
-from softprompts.storage.ensemble import save_ensemble
+from serving_requests import word_prompt, words
+from softprompts.cli.loading import encode_rows, ranking_of
+from softprompts.config import DecodingConfig, EvaluationConfig, TaskConfig, TrainRecipe
+from softprompts.evaluation.ensemble import combine, predict_ensemble
+from softprompts.inference import Engine, PromptPool, Request, SamplingOptions, ServingEngine
+from softprompts.prompted import PromptedLM
+from softprompts.server.ensembles import load_ensembles
+from softprompts.storage import save_prompt
+from softprompts.storage.ensemble import load_ensemble, save_ensemble
 from softprompts.storage.library import PromptLibrary
-from softprompts.types import Example, Prediction
+from softprompts.tasks import get_task
+from softprompts.types import Encoded, Example, Prediction
 
-HOW = {"votes": "vote", "task/likeliest": "likeliest", "averaged": "average"}
+HOW = {"votes": "vote", "task/likeliest": "likeliest", "averaged": "average", "unknown": "rank"}
+TASK = TaskConfig(name="superglue_boolq")
+OF_TASK = {"by-sum": "rank", "by-mean": "rank", "by-prior": "rank", "legal": "vote"}
+"""Ensembles of a task with choices, by how they combine; the name says what choices are ranked by."""
 SIZES = (5, 7, 5, 11)
 """The first and the third member say the same: a majority."""
 
@@ -27,10 +37,22 @@ def live(tmp_path_factory):
         for place, size in zip(places, SIZES, strict=True):
             save_words(frozen, place, size)
         save_ensemble(folder / name, places, combine=how)
+    for name, how in OF_TASK.items():
+        by = name.removeprefix("by-") if how == "rank" else "sum"
+        recipe = TrainRecipe(task=TASK, evaluation=EvaluationConfig(ranking=by))
+        places = [folder / name / f"m{size}" for size in SIZES[1:]]
+        for place, size in zip(places, SIZES[1:], strict=True):
+            prompt = word_prompt(frozen, words(size), "embedding")
+            save_prompt(prompt, place, frozen=frozen, task=TASK.name, recipe=recipe)
+        save_ensemble(folder / name, places, combine=how)
     (folder / "damaged").mkdir()
     (folder / "damaged" / "ensemble.json").write_text("{")
     save_words(frozen, folder / "alone", 5)
-    keys = (key("team-a", prompts=("votes", "task/*"), base_model=False), key("team-b", prompts=("alone",)))
+    keys = (
+        key("team-a", prompts=("votes", "task/*"), base_model=False),
+        key("team-b", prompts=("alone",)),
+        key("admin", prompts=("*",)),
+    )
     with serving(frozen, folder, keys=keys) as live:
         live.folder = folder
         yield live
@@ -68,8 +90,94 @@ def test_ensembles_are_listed_and_their_members_are_nobodys(live):
         assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["task/likeliest", "votes"]
         details = client.get("/v1/models/votes?details=true").json()["details"]
         assert (details["kind"], details["members"]) == ("ensemble, answers combined by vote", 4)
-        for name in ("votes#0", "averaged", "damaged", "alone"):
+        for name in ("votes#0", "averaged", "averaged#0", "damaged", "alone"):
             assert client.post("/v1/completions", json={"model": name, "prompt": "x"}).status_code == 404
         for change in ({"n": 2}, {"logprobs": 1}):
             assert client.post("/v1/completions", json={"model": "votes", "prompt": "x", **change}).status_code == 422
     assert live.post("/v1/completions", {"model": "votes", "prompt": "x"}, "team-b").status_code == 404
+    left_out = {"unknown", "damaged"}  # choices that nobody knows cannot be ranked
+    with live.client("admin") as client:
+        listed = {card["id"] for card in client.get("/v1/models").json()["data"]}
+        assert {*HOW, *OF_TASK, "alone", "tiny"} - left_out <= listed
+        assert not listed & left_out
+        assert not any("#" in name for name in listed)
+
+
+def offline(live, name, rows, decoding, seed=0):
+    """What ``softprompts ensemble predict`` computes for encoded inputs."""
+    frozen = live.service.frozen
+    info, members = load_ensemble(live.folder / name, frozen)
+    engine = Engine(PromptedLM(frozen, [one.prompt for one in members]))
+    ranking = None
+    if info.combine == "rank":
+        ranking = ranking_of(rows, get_task(TASK), frozen, TASK, members[0].info.origin.recipe["evaluation"]["ranking"])
+    return [
+        one.prediction for one in predict_ensemble(engine, rows, decoding, how=info.combine, ranking=ranking, seed=seed)
+    ]
+
+
+@pytest.mark.parametrize("name", OF_TASK)
+def test_a_task_with_choices_is_answered_as_offline(live, name):
+    frozen, task = live.service.frozen, get_task(TASK)
+    texts = ("passage: a cat question: is it", "x", "question: what else may a longer question ask for?")
+    rows = encode_rows([Example(one, "", choices=task.choices) for one in texts], task, frozen, TASK, with_target=False)
+    decoding = DecodingConfig(max_new_tokens=6)
+    wanted = [one.text for one in offline(live, name, rows, decoding)]
+    body = {"model": name, "prompt": [list(row.ids) for row in rows], "max_tokens": 6, "temperature": 0}
+    answer = live.post("/v1/completions", body, "admin").json()
+    assert [choice["text"].strip() for choice in answer["choices"]] == wanted
+    streamed = live.post("/v1/completions", {**body, "stream": True}, "admin").text
+    chunks = [json.loads(line.removeprefix("data: ")) for line in streamed.split("\n\n")[:-2]]
+    assert {one["choices"][0]["index"]: one["choices"][0]["text"].strip() for one in chunks} == dict(enumerate(wanted))
+    if OF_TASK[name] == "rank":
+        assert set(wanted) <= set(task.choices)
+        assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
+        for change in ({"stop": "x"}, {"min_tokens": 1}, {"logit_bias": {"1": 1.0}}, {"stop_token_ids": [1]}, {"n": 2}):
+            refused = live.post("/v1/completions", {**body, **change}, "admin")
+            assert refused.status_code == 422, change
+
+
+def test_it_matters_what_choices_are_ranked_by(live):
+    """Otherwise the test above could not tell the three ways from each other."""
+    task = get_task(TASK)
+    texts = [chr(97 + number) * (number + 1) for number in range(6)]
+    rows = encode_rows(
+        [Example(one, "", choices=task.choices) for one in texts], task, live.service.frozen, TASK, with_target=False
+    )
+    found = {name: [one.choice_scores for one in offline(live, name, rows, DecodingConfig())] for name in OF_TASK}
+    assert found["by-sum"] != found["by-prior"] != found["by-mean"] != found["by-sum"]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_an_average_is_streamed_as_it_is_written(live, sampled):
+    frozen = live.service.frozen
+    decoding = DecodingConfig(max_new_tokens=12, **({"strategy": "sample", "temperature": 0.8} if sampled else {}))
+    ids = tuple(frozen.tokenize("what else"))
+    row = Encoded(ids, len(ids), Example("", ""))
+    (wanted,) = offline(live, "averaged", [row], decoding, seed=3)
+    body = {
+        "model": "averaged",
+        "prompt": "what else",
+        "max_tokens": 12,
+        "temperature": 0.8 if sampled else 0,
+        "seed": 3,
+    }
+    answer = live.post("/v1/completions", {**body, "n": 2, "logprobs": 0}, "admin").json()
+    assert answer["choices"][0]["text"].strip() == wanted.text
+    assert (answer["choices"][1]["text"] == answer["choices"][0]["text"]) != sampled
+    total = sum(answer["choices"][0]["logprobs"]["token_logprobs"])
+    assert wanted.finished or total == pytest.approx(wanted.logprob, abs=1e-3)
+    assert answer["usage"]["prompt_tokens"] == len(ids)
+    streamed = live.post("/v1/completions", {**body, "stream": True}, "admin").text
+    chunks = [json.loads(line.removeprefix("data: ")) for line in streamed.split("\n\n")[:-2]]
+    assert len(chunks) > 3
+    assert "".join(one["choices"][0]["text"] for one in chunks) == answer["choices"][0]["text"]
+
+
+def test_members_that_are_averaged_must_fit_into_memory_together(live, caplog):
+    frozen = live.service.frozen
+    with PromptPool(frozen, budget_bytes=2000) as pool, caplog.at_level("WARNING", "softprompts.server"):
+        found = load_ensembles(PromptLibrary(live.folder), frozen, pool)
+    assert "averaged" not in found
+    assert "votes" in found
+    assert any("take" in record.fields["reason"] for record in caplog.records)

@@ -11,7 +11,7 @@ from softprompts.errors import DataError
 from softprompts.inference import Engine, score_choices
 from softprompts.types import Encoded, Prediction, PromptStates
 
-__all__ = ["Ranking", "predict", "rank"]
+__all__ = ["Ranking", "predict", "rank", "ranked_scores"]
 
 
 def predict(
@@ -96,19 +96,35 @@ def rank(
             )
     states = engine.fold() if states is None else states
     sums = score_choices(engine, rows, ranking.choices, states=states, batch_size=batch_size, on_progress=on_progress)
-    scores = sums
-    if ranking.by == "mean":
-        scores = [
-            tuple(score / len(choice) for score, choice in zip(own, tokens, strict=True))
-            for own, tokens in zip(sums, ranking.choices, strict=True)
-        ]
-    elif ranking.by == "prior":
+    priors: Sequence[tuple[float, ...]] = [()] * len(rows)
+    if ranking.by == "prior":
         priors = _prior_scores(engine, rows, ranking, states, batch_size)
-        scores = [
-            tuple(score - prior for score, prior in zip(own, alone, strict=True))
-            for own, alone in zip(sums, priors, strict=True)
-        ]
+    scores = [
+        ranked_scores(own, tokens, ranking.by, alone)
+        for own, tokens, alone in zip(sums, ranking.choices, priors, strict=True)
+    ]
     return [_best(row, own) for row, own in zip(rows, scores, strict=True)]
+
+
+def ranked_scores(
+    sums: Sequence[float],
+    choices: Sequence[tuple[int, ...]],
+    by: Literal["sum", "mean", "prior"],
+    priors: Sequence[float] = (),
+) -> tuple[float, ...]:
+    """Make log-probabilities of a row's choices into the numbers by which they are compared; see :class:`Ranking`.
+
+    Args:
+        sums: Log-probability of each choice.
+        choices: Their tokens.
+        by: As in :class:`Ranking`.
+        priors: For ``prior``: log-probability of each choice behind an empty input.
+    """
+    if by == "mean":
+        return tuple(score / len(choice) for score, choice in zip(sums, choices, strict=True))
+    if by == "prior":
+        return tuple(score - prior for score, prior in zip(sums, priors, strict=True))
+    return tuple(sums)
 
 
 def _prior_scores(

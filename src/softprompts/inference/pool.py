@@ -141,6 +141,11 @@ class PromptPool:
         self.on_change: Callable[[], None] | None = None
         """Called, on any thread, when a prompt became ready or could not be loaded."""
 
+    @property
+    def budget_bytes(self) -> int:
+        """Most memory for loaded prompts."""
+        return self._budget
+
     # -- names -------------------------------------------------------------------------------------------------------
 
     def names(self) -> list[str]:

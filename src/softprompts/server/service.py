@@ -15,7 +15,7 @@ from softprompts.server.answers import Answer
 from softprompts.server.auth import ApiKey, KeyRing
 from softprompts.server.catalog import Catalog
 from softprompts.server.chat import chat_ids
-from softprompts.server.ensembles import load_ensembles
+from softprompts.server.ensembles import Ask, load_ensembles
 from softprompts.server.failures import ApiError, from_engine
 from softprompts.server.metrics import Metrics
 from softprompts.server.protocol import ChatRequest, CompletionRequest, TextRequest
@@ -98,19 +98,12 @@ class Service:
             if self.keys is not None:
                 self.keys.give_back(key, outputs)
 
-    def requests(
-        self,
-        body: TextRequest,
-        prompts: Sequence[str | None],
-        inputs: Sequence[tuple[int, ...]],
-        logprobs: int | None,
-    ) -> list[Request]:
+    def requests(self, body: TextRequest, asks: Sequence[Ask], logprobs: int | None) -> list[Request]:
         """Say what the engine is asked for.
 
         Args:
             body: Of the HTTP request.
-            prompts: Each input is asked with each of them; ``None`` for the bare model.
-            inputs: Tokens of each input.
+            asks: What stands behind which prompts.
             logprobs: As for :class:`SamplingOptions`.
 
         Raises:
@@ -124,9 +117,13 @@ class Service:
         if logprobs is not None and logprobs > vocabulary:
             raise ApiError(422, f"logprobs: at most {vocabulary}", "invalid_value", param="logprobs")
         requests = []
-        for ids, prompt in itertools.product(inputs, prompts):
+        for ids, prompt, averaged, forced_ids in asks:
             number = next(self._numbers)
-            request = Request(f"{self._run}-{number}", ids, prompt, SamplingOptions())
+            request = Request(f"{self._run}-{number}", ids, prompt, SamplingOptions(), averaged)
+            if forced_ids:
+                forced = SamplingOptions(max_tokens=len(forced_ids), logprobs=0, forced_ids=forced_ids)
+                requests.append(replace(request, options=forced))
+                continue
             most = self._most_tokens(body, request)
             if body.min_tokens is not None and body.min_tokens > most:
                 raise ApiError(422, f"min_tokens: at most max_tokens, {most}", "invalid_value", param="min_tokens")

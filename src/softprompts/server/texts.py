@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 
 from softprompts.inference import Output
 from softprompts.server.answers import Answer, EventStream, Told, told_whole, unless_gone
+from softprompts.server.ensembles import Ask, Ensemble
 from softprompts.server.failures import ApiError, from_validation
 from softprompts.server.protocol import ChatRequest, CompletionRequest, TextRequest
 from softprompts.server.service import Service
@@ -60,21 +61,21 @@ async def _answer(
     prompt = service.catalog.resolve(body.model, key)
     request.state.log |= {"model": body.model, "stream": bool(body.stream)}
     ensemble = service.catalog.ensembles.get(prompt or "")
-    prompts: Sequence[str | None] = [prompt]
     if ensemble is not None:
-        if body.outputs > 1 or logprobs is not None:
-            raise ApiError(422, "an ensemble gives one answer, without log-probabilities", "invalid_value")
-        prompts, logprobs = ensemble.members, 0
+        _check_ensemble(ensemble, body, logprobs)
+    whole = ensemble is not None and ensemble.whole
+    rows = 1 if ensemble is None else len(ensemble.members)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(service.admission(key, inputs * body.outputs * len(prompts)))
+        stack.enter_context(service.admission(key, inputs * body.outputs * rows))
         encoded = await service.encode(body)
-        answer = stack.enter_context(service.begin(service.requests(body, prompts, encoded, logprobs), body.model))
-        shown = logprobs is not None and ensemble is None
-        wording = _wording(service, body, shown, request.state.request_id)
+        asks = [Ask(ids, prompt) for ids in encoded] if ensemble is None else ensemble.asks(encoded)
+        requests = service.requests(body, asks, 0 if whole else logprobs)
+        answer = stack.enter_context(service.begin(requests, body.model))
+        wording = _wording(service, body, logprobs is not None, request.state.request_id)
         input_tokens = sum(len(ids) for ids in encoded)
         request.state.log |= {"input_tokens": input_tokens}
         outputs: list[Output] = []
-        if ensemble is not None or not body.stream:
+        if whole or not body.stream:
             outputs = await unless_gone(request, answer.outputs())
         if ensemble is not None:
             outputs = ensemble.combined(outputs)
@@ -86,6 +87,18 @@ async def _answer(
         first = [told_whole(*one) for one in enumerate(outputs)] or await unless_gone(request, answer.more())
         lines = _lines(answer, wording, first, input_tokens, inputs * body.outputs, body, request.state.log)
         return EventStream(lines, stack.pop_all().close, service.settings.request_timeout_s)
+
+
+def _check_ensemble(ensemble: Ensemble, body: TextRequest, logprobs: int | None) -> None:
+    """Refuse what an ensemble's way of answering leaves no room for; raises ApiError 422."""
+    if ensemble.whole and (body.outputs > 1 or logprobs is not None):
+        raise ApiError(
+            422, f"an ensemble by {ensemble.combine} gives one answer, without log-probabilities", "invalid_value"
+        )
+    wanted = ("stop", "stop_token_ids", "logit_bias", "min_tokens")
+    given = [name for name in wanted if getattr(body, name)]
+    if ensemble.combine == "rank" and given:
+        raise ApiError(422, f"{given[0]}: this ensemble chooses among given answers", "invalid_value", param=given[0])
 
 
 def _wording(service: Service, body: TextRequest, logprobs: bool, request_id: str) -> Wording:
