@@ -105,8 +105,10 @@ def _here(verdict: Verdict, result: Result) -> str:
         if own := sorted(asked.intersection(settings)):
             reasons.append(f"left out: {', '.join(own)}; {message}")
     for name in sorted(asked):
-        row = rows[name]
-        if row.failed:
+        row = rows.get(name)
+        if row is None:
+            reasons.append(f"not one of its settings: {name}")
+        elif row.failed:
             reasons.append(f"failed: {name}")
         elif not row.left_out and len(row.seeds) < 2:
             reasons.append(f"fewer than two seeds: {name}")
