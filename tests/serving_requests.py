@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
 
+from conftest import byte_tokenizer, tiny_model
 from softprompts.inference import Output, PromptPool, Request, SamplingOptions, ServingEngine, ServingLimits
 from softprompts.models import FrozenLM
 from softprompts.prompts import SoftPrompt, prompt_from_table
@@ -39,6 +41,14 @@ def pool_of_words(frozen: FrozenLM) -> PromptPool:
     for number, length in enumerate(LENGTHS):
         pool.add(f"words-{length}", word_prompt(frozen, words(length), "embedding" if number % 2 else "prefix"))
     return pool
+
+
+@contextmanager
+def tiny_service(family: str) -> Iterator[tuple[FrozenLM, PromptPool]]:
+    """A frozen model of a family, and its pool of words."""
+    frozen = FrozenLM.from_model(tiny_model(family), byte_tokenizer())
+    with pool_of_words(frozen) as pool:
+        yield frozen, pool
 
 
 def fifteen(**options: object) -> list[Request]:

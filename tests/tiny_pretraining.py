@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from softprompts.pretraining.recipe import (
     CorpusConfig,
@@ -27,6 +30,15 @@ def corpus_text(seed: int) -> str:
         town, dish, hour = rng.choice(_TOWNS), rng.choice(_DISHES), rng.randint(1, 12)
         lines.append(f"The kitchen in {town} serves fresh {dish} at {hour} pm for Maria Lopez.")
     return "\n".join(lines)
+
+
+def quiet(line: str) -> None:
+    """Report to nobody."""
+
+
+def losses(history: Iterable[Mapping[str, Any]]) -> list[float]:
+    """The loss of every step of a run."""
+    return [event["loss"] for event in history if "loss" in event]
 
 
 def make_recipe(corpus_dir: Path, output_dir: Path, **training: object) -> PretrainRecipe:
@@ -60,3 +72,8 @@ def make_recipe(corpus_dir: Path, output_dir: Path, **training: object) -> Pretr
         training=LMTrainingConfig(**(settings | training)),  # type: ignore[arg-type]
         output=OutputConfig(output_dir=str(output_dir), checkpoint_every_s=1e9, export_every_s=1e9, log_every_steps=1),
     )
+
+
+def with_training(recipe: PretrainRecipe, **changes: Any) -> PretrainRecipe:
+    """The recipe with other values in its section ``training``."""
+    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changes))

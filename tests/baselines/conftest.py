@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from conftest import tiny_model
 from softprompts.cli.main import main
-from softprompts.config import TrainRecipe, decode
+from softprompts.config import TrainRecipe
+from tiny_world import changed_recipe, model_section, save_model, write_records
 
 REVIEWS = {
     "fine film": "good", "bad plot": "poor", "so good": "good", "so dull": "poor",
@@ -24,11 +23,10 @@ REVIEWS = {
 def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A directory with a model and two splits of records."""
     root = tmp_path_factory.mktemp("baselines")
-    tiny_model("gpt2").save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
-    lines = [json.dumps({"text": text, "label": label}) for text, label in REVIEWS.items()]
-    (root / "train.jsonl").write_text("\n".join(lines[:6]))
-    (root / "dev.jsonl").write_text("\n".join(lines[4:]))
+    save_model(root, tokenizer)
+    records = [{"text": text, "label": label} for text, label in REVIEWS.items()]
+    write_records(root / "train.jsonl", records[:6])
+    write_records(root / "dev.jsonl", records[4:])
     return root
 
 
@@ -38,7 +36,7 @@ def recipe(world: Path, tmp_path: Path) -> Callable[..., TrainRecipe]:
 
     def make(**changes: Any) -> TrainRecipe:
         settings: dict[str, Any] = {
-            "model": {"name_or_path": str(world / "model"), "device": "cpu"},
+            "model": model_section(world),
             "task": {
                 "name": "records",
                 "train": str(world / "train.jsonl"),
@@ -52,9 +50,7 @@ def recipe(world: Path, tmp_path: Path) -> Callable[..., TrainRecipe]:
             "evaluation": {"prediction": "rank", "decoding": {"max_new_tokens": 4}},
             "output_dir": str(tmp_path / "run"),
         }
-        for section, values in changes.items():
-            settings[section] = {**settings.get(section, {}), **values} if isinstance(values, Mapping) else values
-        return decode(TrainRecipe, settings)
+        return changed_recipe(settings, changes)
 
     return make
 

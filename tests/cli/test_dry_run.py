@@ -10,20 +10,19 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from conftest import tiny_model
 from softprompts.cli.main import main
+from tiny_world import model_section, save_model, write_records
 
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "ran", "home", "to", "eat"]
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    tiny_model("gpt2").save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_model(tmp_path, tokenizer)
     records = [{"text": " ".join(WORDS[: 3 + i % 9]), "label": WORDS[i % 5]} for i in range(20)]
-    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    write_records(tmp_path / "train.jsonl", records)
     settings = {
-        "model": {"name_or_path": str(tmp_path / "model"), "device": "cpu"},
+        "model": model_section(tmp_path),
         "task": {
             "name": "records",
             "train": str(tmp_path / "train.jsonl"),

@@ -11,14 +11,13 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from conftest import tiny_model
 from softprompts.cli.main import main
 from softprompts.evaluation.ensemble import majority_vote
 from softprompts.models import FrozenLM
 from softprompts.storage import load_prompt
 from softprompts.types import Example, Prediction
+from tiny_world import animal_task, animal_world, model_section
 
-ANIMALS = {"cat": "meow", "dog": "woof", "cow": "moo", "owl": "hoot", "pig": "oink", "hen": "cluck"}
 LINES = ["The cat says", "The long-eared owl says", "A"]
 
 
@@ -31,20 +30,10 @@ def run(*arguments: Any) -> int:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A model, records, a recipe, and an ensemble of three that was trained with it."""
-    root = tmp_path_factory.mktemp("ensemble")
-    tiny_model("gpt2").save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
-    lines = [json.dumps({"animal": animal, "sound": sound}) for animal, sound in ANIMALS.items()]
-    (root / "train.jsonl").write_text("\n".join(lines[:4]))
-    (root / "dev.jsonl").write_text("\n".join(lines[2:]))
+    root = animal_world(tmp_path_factory.mktemp("ensemble"), tokenizer)
     recipe = {
-        "model": {"name_or_path": str(root / "model"), "device": "cpu"},
-        "task": {
-            "train": str(root / "train.jsonl"),
-            "dev": str(root / "dev.jsonl"),
-            "format": "The {animal} says",
-            "target": "{sound}",
-        },
+        "model": model_section(root),
+        "task": animal_task(root),
         "prompt": {"kind": "embedding", "length": 3},
         "optimizer": {"learning_rate": 0.3},
         "training": {"max_steps": 4, "batch_size": 2, "validate_every_steps": 2, "seed": 4},

@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from conftest import tiny_model
 from softprompts.cli.main import main
 from softprompts.cli.train import run_recipe
 from softprompts.config import TrainRecipe, decode
 from softprompts.errors import ConfigError
 from softprompts.storage import read_info
-
-ANIMALS = {"cat": "meow", "dog": "woof", "cow": "moo", "owl": "hoot"}
+from tiny_world import animal_task, animal_world, model_section
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> TrainRecipe:
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    lines = [json.dumps({"animal": animal, "sound": sound}) for animal, sound in ANIMALS.items()]
-    (tmp_path / "records.jsonl").write_text("\n".join(lines))
-    records: Any = str(tmp_path / "records.jsonl")
+    animal_world(tmp_path, tokenizer, "llama")
     return decode(
         TrainRecipe,
         {
-            "model": {"name_or_path": str(tmp_path / "model"), "device": "cpu"},
-            "task": {
-                "name": "records",
-                "train": records,
-                "dev": records,
-                "format": "The {animal} says",
-                "target": "{sound}",
-            },
+            "model": model_section(tmp_path),
+            "task": {**animal_task(tmp_path), "dev": str(tmp_path / "train.jsonl")},
             "prompt": {"length": 3, "placement": "infix", "initializer": {"name": "text", "text": "sounds"}},
             "training": {"max_steps": 4, "batch_size": 2, "validate_every_steps": 2},
             "evaluation": {"selection": "exact_match", "decoding": {"max_new_tokens": 3}},

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from conftest import tiny_model
 from softprompts.cli.main import main
+from tiny_world import model_section, save_model, write_records
 
 FIXTURES = Path(__file__).parents[1] / "tasks" / "fixtures"
 
@@ -19,14 +19,13 @@ FIXTURES = Path(__file__).parents[1] / "tasks" / "fixtures"
 def recipe(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A paraphrase task of twelve records on a tiny model."""
     root = tmp_path_factory.mktemp("settings")
-    tiny_model("gpt2").save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
+    save_model(root, tokenizer)
     rows = [{"question1": f"a {i}?", "question2": f"b {i}?", "label": i % 2, "topic": "xy"[i % 2]} for i in range(12)]
     for split in ("train", "dev"):
-        (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_records(root / f"{split}.jsonl", rows)
     task = {"name": "glue_qqp", "train": str(root / "train.jsonl"), "dev": str(root / "dev.jsonl")}
     settings = {
-        "model": {"name_or_path": str(root / "model"), "device": "cpu"},
+        "model": model_section(root),
         "task": {**task, "test": str(FIXTURES / "glue_mrpc.jsonl")},
         "prompt": {"length": 2},
         "training": {"max_steps": 1, "batch_size": 2},

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from conftest import tiny_model
 from softprompts.cli import study_runs
 from softprompts.cli.evaluate import evaluate
 from softprompts.cli.main import main
@@ -18,32 +17,20 @@ from softprompts.cli.study_runs import CellRunner
 from softprompts.cli.train import run_recipe
 from softprompts.studies.catalog import Plan, get_study, recipe_of
 from softprompts.studies.results import read_results
-from softprompts.studies.sweep import sweep, write_study
+from softprompts.studies.sweep import is_left_out, sweep, write_study
 from tiny_study import tiny_plan
-
-ANIMALS = {"cat": "meow", "dog": "woof", "cow": "moo", "owl": "hoot", "pig": "oink", "hen": "cluck"}
+from tiny_world import animal_task, animal_world, model_section
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    tiny_model("llama").save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
-    lines = [json.dumps({"animal": animal, "sound": sound}) for animal, sound in ANIMALS.items()]
-    (root / "train.jsonl").write_text("\n".join(lines[:4]))
-    (root / "dev.jsonl").write_text("\n".join(lines[2:]))
-    return root
+    return animal_world(tmp_path_factory.mktemp("world"), tokenizer, "llama")
 
 
 def plan_of(world: Path, **changes: Any) -> Plan:
     recipe = {
-        "model": {"name_or_path": str(world / "model"), "device": "cpu"},
-        "task": {
-            "train": str(world / "train.jsonl"),
-            "dev": str(world / "dev.jsonl"),
-            "format": "The {animal} says",
-            "target": "{sound}",
-        },
+        "model": model_section(world),
+        "task": animal_task(world),
         "prompt": {"kind": "embedding", "length": 3, "initializer": {"name": "uniform"}},
         "training": {"max_steps": 4, "batch_size": 2, "validate_every_steps": 1, "checkpoint_every_steps": 2},
         "evaluation": {"metrics": ["rouge_score_l"], "selection": "loss", "decoding": {"max_new_tokens": 3}},
@@ -144,6 +131,7 @@ def test_ensembles_and_a_model_that_is_missing(world: Path, tmp_path: Path):
     assert {"ensemble/rouge_score_l", "average/rouge_score_l", "best/rouge_score_l"} <= set(metrics)
     assert metrics["best/rouge_score_l"] >= metrics["average/rouge_score_l"]
     assert "nothing" in cells["soft--nowhere--seed-0"]["error"]["message"]
+    assert is_left_out(cells["soft--nowhere--seed-0"])
 
 
 def test_a_transfer_between_models(world: Path, tmp_path: Path):
@@ -179,8 +167,12 @@ def test_the_command_line(
     done = softprompts("study", "tiny", "--out", place, "--dry-run")
     assert (done["cells"][0]["state"], done["seconds"]) == ("done", 0)
     said = softprompts("report", place)
-    assert said["studies"][0]["cells"] == {"planned": 1, "done": 1, "failed": 0}
+    assert said["studies"][0]["cells"] == {"planned": 1, "done": 1, "failed": 0, "left_out": 0}
     assert (tmp_path / "study" / "report.html").exists()
+    page = tmp_path / "verdicts.md"
+    assert softprompts("report", str(tmp_path), "--verdicts", str(page))["written"] == str(page)
+    assert "| [tiny](study/report.md) | 1 of 1 |" in page.read_text()
+    assert not (tmp_path / "report.html").exists()
     assert read_results(tmp_path / "study")[0].facts["command"].startswith("softprompts ")
 
 

@@ -13,28 +13,20 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from conftest import tiny_model
 from softprompts.cli.main import main
 from softprompts.cli.train import run_recipe
 from softprompts.config import TrainRecipe, decode
 from softprompts.errors import CheckpointError, ConfigError, LengthError, StorageError, TrainingInterrupted
 from softprompts.models import FrozenLM
 from softprompts.storage import load_prompt
-from softprompts.training import TIMING_FIELDS, read_events
-
-ANIMALS = {"cat": "meow", "dog": "woof", "cow": "moo", "owl": "hoot", "pig": "oink", "hen": "cluck"}
+from tiny_world import animal_task, animal_world, changed_recipe, model_section
+from training.toy import timeless
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A directory with a model and two splits of records."""
-    root = tmp_path_factory.mktemp("world")
-    tiny_model("gpt2").save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
-    lines = [json.dumps({"animal": animal, "sound": sound}) for animal, sound in ANIMALS.items()]
-    (root / "train.jsonl").write_text("\n".join(lines[:4]))
-    (root / "dev.jsonl").write_text("\n".join(lines[2:]))
-    return root
+    return animal_world(tmp_path_factory.mktemp("world"), tokenizer)
 
 
 @pytest.fixture
@@ -43,30 +35,17 @@ def recipe(world: Path, tmp_path: Path) -> Callable[..., TrainRecipe]:
 
     def make(**changes: Any) -> TrainRecipe:
         settings: dict[str, Any] = {
-            "model": {"name_or_path": str(world / "model"), "device": "cpu"},
-            "task": {
-                "name": "records",
-                "train": str(world / "train.jsonl"),
-                "dev": str(world / "dev.jsonl"),
-                "format": "The {animal} says",
-                "target": "{sound}",
-            },
+            "model": model_section(world),
+            "task": animal_task(world),
             "prompt": {"kind": "prefix", "length": 3, "initializer": {"name": "text", "text": "sounds"}},
             "optimizer": {"learning_rate": 0.02},
             "training": {"max_steps": 6, "batch_size": 2, "validate_every_steps": 2, "checkpoint_every_steps": 2},
             "evaluation": {"decoding": {"max_new_tokens": 4}},
             "output_dir": str(tmp_path / "run"),
         }
-        for section, values in changes.items():
-            settings[section] = {**settings.get(section, {}), **values} if isinstance(values, Mapping) else values
-        return decode(TrainRecipe, settings)
+        return changed_recipe(settings, changes)
 
     return make
-
-
-def timeless(directory: Path) -> list[dict[str, Any]]:
-    events = read_events(directory / "events.jsonl")
-    return [{name: value for name, value in event.items() if name not in TIMING_FIELDS} for event in events]
 
 
 @pytest.mark.parametrize("selection", ["loss", "exact_match"])

@@ -14,16 +14,15 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from conftest import tiny_model
 from softprompts.cli.main import main
 from softprompts.cli.train import run_recipe
 from softprompts.config import TrainRecipe, decode, member_recipes, varied
 from softprompts.errors import CheckpointError, ConfigError, TrainingInterrupted
 from softprompts.models import FrozenLM
 from softprompts.storage import load_prompt
-from softprompts.training import TIMING_FIELDS, read_events
+from tiny_world import animal_task, animal_world, model_section
+from training.toy import timeless
 
-ANIMALS = {"cat": "meow", "dog": "woof", "cow": "moo", "owl": "hoot", "pig": "oink", "hen": "cluck"}
 TOGETHER: list[dict[str, Any]] = [
     {"training.seed": 1},
     {"name": "longer", "prompt.length": 6, "prompt.kind": "embedding", "optimizer": {"learning_rate": 0.005}},
@@ -34,26 +33,15 @@ TOGETHER: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    tiny_model("gpt2").save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
-    lines = [json.dumps({"animal": animal, "sound": sound}) for animal, sound in ANIMALS.items()]
-    (root / "train.jsonl").write_text("\n".join(lines[:4]))
-    (root / "dev.jsonl").write_text("\n".join(lines[2:]))
-    return root
+    return animal_world(tmp_path_factory.mktemp("world"), tokenizer)
 
 
 def recipe(world: Path, output: Path, together: Any = TOGETHER, **changes: Any) -> TrainRecipe:
     return decode(
         TrainRecipe,
         {
-            "model": {"name_or_path": str(world / "model"), "device": "cpu"},
-            "task": {
-                "train": str(world / "train.jsonl"),
-                "dev": str(world / "dev.jsonl"),
-                "format": "The {animal} says",
-                "target": "{sound}",
-            },
+            "model": model_section(world),
+            "task": animal_task(world),
             "prompt": {"kind": "prefix", "length": 3, "initializer": {"name": "text", "text": "sounds"}},
             "optimizer": {"learning_rate": 0.02},
             "training": {"max_steps": 6, "batch_size": 2, "validate_every_steps": 2, "checkpoint_every_steps": 2},
@@ -63,11 +51,6 @@ def recipe(world: Path, output: Path, together: Any = TOGETHER, **changes: Any) 
             **changes,
         },
     )
-
-
-def timeless(directory: Path) -> list[dict[str, Any]]:
-    events = read_events(directory / "events.jsonl")
-    return [{name: value for name, value in event.items() if name not in TIMING_FIELDS} for event in events]
 
 
 def test_a_list_is_trained_as_one_after_the_other(world: Path, tmp_path: Path):

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from conftest import SIZES, byte_tokenizer, tiny_model
-from serving_requests import expected, fifteen, pool_of_words, small, staggered, text_of, word_prompt, words
+from serving_requests import expected, fifteen, small, staggered, text_of, tiny_service, word_prompt, words
 from softprompts.config import DecodingConfig
 from softprompts.errors import ConfigError, LengthError, QueueFullError, UnknownPromptError
 from softprompts.inference import (
@@ -29,17 +29,15 @@ from softprompts.types import Encoded, Example
 @pytest.fixture(scope="module", params=["gpt2", "llama", "opt"])
 def family(request):
     """A frozen model with its pool, and a second copy that only transformers touches."""
-    frozen = FrozenLM.from_model(tiny_model(request.param), byte_tokenizer())
-    with pool_of_words(frozen) as pool:
-        yield frozen, pool, tiny_model(request.param)
+    with tiny_service(request.param) as found:
+        yield *found, tiny_model(request.param)
 
 
 @pytest.fixture(scope="module")
 def served():
     """One family with its pool, where one is enough."""
-    frozen = FrozenLM.from_model(tiny_model("llama"), byte_tokenizer())
-    with pool_of_words(frozen) as pool:
-        yield frozen, pool
+    with tiny_service("llama") as found:
+        yield found
 
 
 def ids_of(outputs):

@@ -33,8 +33,6 @@ KINDS = ["prefix", "embedding"]
 ROWS = [ids_of(number, 10 + number) for number in (4, 7, 3)]
 TARGETS = [ids_of(number, 20 + number) for number in (5, 2, 3)]
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
-
 
 @cache
 def frozen_of(shape: str) -> FrozenLM:

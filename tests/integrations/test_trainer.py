@@ -21,7 +21,6 @@ from softprompts.types import Batch
 pytest.importorskip("accelerate")
 
 TOKENIZER = byte_tokenizer()
-pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 
 
 def rows(count: int) -> list[dict[str, list[int]]]:

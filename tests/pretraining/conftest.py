@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tiny_pretraining import corpus_text
+from softprompts.pretraining.tokens import prepare_tokens
+from tiny_pretraining import corpus_text, make_recipe, quiet
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +21,11 @@ def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.write(json.dumps({"text": corpus_text(i)}) + "\n")
     (folder / "book.txt").write_text("\n".join(corpus_text(i) for i in range(1000, 1100)), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokens of that corpus, as :func:`make_recipe` wants them; nobody may write there."""
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare_tokens(make_recipe(corpus_dir, folder), folder / "tokens", quiet)
+    return folder / "tokens"

@@ -19,26 +19,14 @@ from softprompts.models import FrozenLM
 from softprompts.models.seq2seq_check import verify_seq2seq
 from softprompts.pretraining.pretrain import Run, pretrain
 from softprompts.pretraining.recipe import LMConfig, ObjectiveConfig, PretrainRecipe
-from softprompts.pretraining.tokens import prepare_tokens
 from softprompts.pretraining.trainer import PairRows
 from softprompts.prompted import PromptedLM
 from softprompts.tasks import get_task
 from softprompts.types import Example
-from tiny_pretraining import make_recipe
+from tiny_pretraining import losses, make_recipe, quiet, with_training
 
 ROW = 4 * 32
 SHAPE = LMConfig(kind="encoder_decoder", width=32, layers=2, decoder_layers=1, heads=2, mlp_width=48, context=32)
-
-
-def quiet(line: str) -> None:
-    """Report to nobody."""
-
-
-@pytest.fixture(scope="module")
-def tokens(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prepared")
-    prepare_tokens(make_recipe(corpus_dir, folder), folder / "tokens", quiet)
-    return folder / "tokens"
 
 
 @pytest.fixture
@@ -52,19 +40,11 @@ def with_output(recipe: PretrainRecipe, **changes: Any) -> PretrainRecipe:
     return dataclasses.replace(recipe, output=dataclasses.replace(recipe.output, **changes))
 
 
-def with_training(recipe: PretrainRecipe, **changes: Any) -> PretrainRecipe:
-    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changes))
-
-
 def adapted(recipe: PretrainRecipe, tmp_path: Path, **training: Any) -> PretrainRecipe:
     aim = ObjectiveConfig("prefix_lm")
     return with_output(
         with_training(dataclasses.replace(recipe, objective=aim), **training), output_dir=str(tmp_path / "lm")
     )
-
-
-def losses(history: list[dict[str, Any]]) -> list[float]:
-    return [event["loss"] for event in history if "loss" in event]
 
 
 @pytest.mark.parametrize("objective", ["span_corruption", "prefix_lm"])

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,34 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from softprompts.errors import CheckpointError, ConfigError, TrainingInterrupted
 from softprompts.pretraining.pretrain import Run, pretrain
 from softprompts.pretraining.recipe import LMConfig, LMTrainingConfig, PretrainRecipe
-from softprompts.pretraining.tokens import prepare_tokens
 from softprompts.pretraining.trainer import Rows
-from tiny_pretraining import make_recipe
-
-
-def quiet(line: str) -> None:
-    """Report to nobody."""
-
-
-@pytest.fixture(scope="module")
-def tokens(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prepared")
-    prepare_tokens(make_recipe(corpus_dir, folder), folder / "tokens", quiet)
-    return folder / "tokens"
+from tiny_pretraining import losses, make_recipe, quiet, with_training
 
 
 @pytest.fixture
 def recipe(corpus_dir: Path, tmp_path: Path, tokens: Path) -> PretrainRecipe:
     (tmp_path / "tokens").symlink_to(tokens)
     return make_recipe(corpus_dir, tmp_path)
-
-
-def losses(run_history: list[dict[str, Any]]) -> list[float]:
-    return [event["loss"] for event in run_history if "loss" in event]
-
-
-def with_training(recipe: PretrainRecipe, **changes: object) -> PretrainRecipe:
-    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changes))  # type: ignore[arg-type]
 
 
 def test_killed_at_any_step_and_resumed_is_bit_identical(recipe: PretrainRecipe, tmp_path: Path) -> None:

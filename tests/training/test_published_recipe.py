@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from conftest import tiny_model
 from softprompts.baselines import FineTuningObjective
 from softprompts.cli.train import run_recipe
 from softprompts.config import (
@@ -31,6 +30,7 @@ from softprompts.prompted import PromptedLM
 from softprompts.prompts import build_prompt
 from softprompts.training import EncodedBatches, PromptObjective, SharedPasses, fit, in_order, mean_loss, read_events
 from softprompts.types import Batch, Encoded, Example
+from tiny_world import model_section, save_model, write_records
 from zoo_seq2seq import tiny_seq2seq
 
 TEXTS = [("a cat", "meows"), ("a big dog", "barks!"), ("cow", "moo"), ("one very old owl", "hoots at night")]
@@ -164,13 +164,12 @@ def test_training_on_an_encoder_decoder_has_no_dropout(
 
 
 def recipe(directory: Path, evaluation: dict[str, Any]) -> TrainRecipe:
-    model = {"name_or_path": str(directory / "model"), "device": "cpu"}
     files = {split: str(directory / "rows.jsonl") for split in ("train", "dev")}
     return decode(
         TrainRecipe,
         {
             "preset": "prompt_tuning_paper",
-            "model": model,
+            "model": model_section(directory),
             "task": {**files, "format": "The {animal} says", "target": "{sound}"},
             "prompt": {"length": 3, "initializer": {"labels": ["moo", "meow"]}},
             "training": {"max_steps": 2, "validate_every_steps": 1, "batch_size": 2},
@@ -182,10 +181,8 @@ def recipe(directory: Path, evaluation: dict[str, Any]) -> TrainRecipe:
 
 @pytest.fixture
 def world(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    tiny_model("gpt2").save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    lines = [json.dumps({"animal": animal, "sound": sound}) for animal, sound in (("cow", "moo"), ("cat", "meow"))]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    save_model(tmp_path, tokenizer)
+    write_records(tmp_path / "rows.jsonl", [{"animal": "cow", "sound": "moo"}, {"animal": "cat", "sound": "meow"}])
     return tmp_path
 
 
