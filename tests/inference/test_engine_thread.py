@@ -8,8 +8,8 @@ import threading
 import pytest
 
 import zoo_seq2seq
-from conftest import byte_tokenizer, tiny_model
-from serving_requests import fifteen, pool_of_words, small, staggered, word_prompt, words
+from conftest import byte_tokenizer
+from serving_requests import fifteen, small, staggered, tiny_service, word_prompt, words
 from softprompts.config import DecodingConfig
 from softprompts.errors import LengthError, QueueFullError, UnknownPromptError
 from softprompts.inference import (
@@ -30,9 +30,8 @@ from zoo_decoders import DECODERS
 
 @pytest.fixture(scope="module")
 def served():
-    frozen = FrozenLM.from_model(tiny_model("gpt2"), byte_tokenizer())
-    with pool_of_words(frozen) as pool:
-        yield frozen, pool
+    with tiny_service("gpt2") as found:
+        yield found
 
 
 def heard(events, request, index=0):
