@@ -112,6 +112,29 @@ def test_a_listener_that_fails_takes_nobody_with_it(served, caplog):
     assert "gone" in caplog.text
 
 
+def test_a_request_that_cannot_be_taken_takes_nobody_with_it(served, caplog, monkeypatch):
+    """Between its check and the engine's own, the file of its prompt may become unreadable."""
+    frozen, pool = served
+    events = queue.Queue()
+    engine = ServingEngine(frozen, pool)
+    submit = engine.submit
+
+    def unreadable(request):
+        if request.id == "one":
+            raise OSError("unreadable")
+        submit(request)
+
+    monkeypatch.setattr(engine, "submit", unreadable)
+    with EngineThread(engine) as thread:
+        thread.submit(Request("one", (65,), None, SamplingOptions(max_tokens=4)), events.put)
+        told = events.get(timeout=20)
+        assert (told.finish_reason, type(told.error)) == ("error", OSError)
+        thread.submit(Request("two", (65,), None, SamplingOptions(max_tokens=1)), events.put)
+        assert events.get(timeout=20).request_id == "two"
+        assert thread.alive
+    assert "unreadable" in caplog.text
+
+
 def test_when_the_engine_fails_everybody_is_told(served, monkeypatch):
     frozen, pool = served
     engine = ServingEngine(frozen, pool)

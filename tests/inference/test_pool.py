@@ -52,6 +52,28 @@ def test_prompts_are_folded_when_they_are_loaded(library):
         assert stats.resident_bytes == 7 * POSITION_BYTES
 
 
+def test_a_length_that_is_forgotten_while_it_is_read_is_still_told(library):
+    """The folder may be looked at again at any moment, on another thread."""
+
+    class Restless:
+        names, load = library.names, library.load
+
+        def info(self, name):
+            found = library.info(name)
+            pool.refresh()
+            return found
+
+    class Forgetful(dict):
+        def __setitem__(self, name, length):
+            super().__setitem__(name, length)
+            self.clear()
+
+    with PromptPool(FROZEN, Restless()) as pool:
+        pool._lengths = Forgetful()
+        assert not pool.knows_length("p5")
+        assert pool.length("p5") == 5
+
+
 def test_a_prompt_that_was_evicted_and_read_again_gives_the_same_answer(library):
     with PromptPool(FROZEN, library, budget_bytes=12 * POSITION_BYTES) as pool:
         engine = ServingEngine(FROZEN, pool)

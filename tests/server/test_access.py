@@ -176,7 +176,7 @@ def test_rates_and_queues_are_limited():
         assert 1 <= int(refused.headers["retry-after"]) <= 30
         assert live.post("/v1/completions", ask, "admin").status_code == 200
         many = live.post("/v1/completions", {**ask, "n": 4}, "team-b")
-        assert (many.status_code, many.json()["error"]["code"]) == (429, "concurrency_limit_exceeded")
+        assert (many.status_code, many.json()["error"]["code"]) == (422, "invalid_value")  # waiting would not help
         full = live.post("/v1/completions", {**ask, "n": 5}, "admin")
         assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
         assert full.headers["retry-after"] == "1"
@@ -199,8 +199,12 @@ def test_a_bucket_fills_again_with_time():
     assert caught.value.retry_after_s == pytest.approx(1.0)
     now[0] = 1.5
     ring.take(team, 2)
-    with pytest.raises(ApiError, match="2 outputs at once"):
+    with pytest.raises(ApiError, match="2 outputs at once") as caught:
         ring.take(team, 1)
+    assert (caught.value.status, caught.value.code) == (429, "concurrency_limit_exceeded")
+    with pytest.raises(ApiError, match="3 outputs were asked for") as caught:
+        ring.take(team, 3)
+    assert caught.value.status == 422
     ring.give_back(team, 2)
     now[0] = 1000.0
     for _ in range(60):
@@ -260,3 +264,19 @@ def test_what_comes_out_of_many_clients_at_once_is_each_ones_own(live):
     for thread in threads:
         thread.join(timeout=60)
     assert wrong == []
+
+
+def test_without_keys_only_names_of_this_machine_lead_here():
+    """Otherwise a page of another site could let its own name lead here and read what it is answered."""
+    with serving(tiny_frozen_lm()) as live:
+        port = live.url.rpartition(":")[2]
+        for host in (f"evil.example:{port}", "127.0.0.1.evil.example", "localhost.", "[::2]", "", "["):
+            with live.client(Host=host) as client:
+                for path in ("/v1/models", "/"):
+                    response = client.get(path)
+                    assert (response.status_code, response.json()["error"]["code"]) == (403, "wrong_host"), (host, path)
+        for host in (f"localhost:{port}", "LOCALHOST", "[::1]:80"):
+            with live.client(Host=host) as client:
+                assert client.get("/v1/models").status_code == 200
+    with serving(tiny_frozen_lm(), keys=(key("admin"),)) as live, live.client("admin", Host="models.example") as client:
+        assert client.get("/v1/models").status_code == 200

@@ -183,7 +183,8 @@ GOOD = {"model": "five", "prompt": "abc", "max_tokens": 4}
         ({"max_token": 4}, 422, "invalid_value", "unknown field 'max_token'"),
         ({"temperature": -1}, 422, "invalid_value", "temperature"),
         ({"top_p": 0}, 422, "invalid_value", "top_p"),
-        ({"prompt": ""}, 413, "context_length_exceeded", "no input tokens"),
+        ({"prompt": ""}, 422, "invalid_value", "no input tokens"),
+        ({"prompt": ["a", ""]}, 422, "invalid_value", "no input tokens"),
         ({"prompt": []}, 422, "invalid_value", "prompt: "),
         ({"prompt": {}}, 422, "invalid_value", "prompt: "),
         ({"prompt": [999]}, 422, "invalid_value", "no tokens"),
@@ -236,6 +237,16 @@ def test_bodies_that_are_none(live):
         wrong = client.get(url)
         assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
         assert client.get("/nothing").json()["error"]["code"] == "not_found"
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-30])
+def test_the_coldest_of_temperatures_takes_the_best_token(live, temperature):
+    """Logits divided by so little are infinite: no token could be drawn of them, and the engine would end."""
+    body = {**GOOD, "max_tokens": 6}
+    best = live.post("/v1/completions", {**body, "temperature": 0}).json()["choices"]
+    for change in ({}, {"top_p": 0.9, "top_k": 5}):
+        assert live.post("/v1/completions", {**body, **change, "temperature": temperature}).json()["choices"] == best
+    assert live.service.thread.alive
 
 
 def test_models_are_the_bare_one_and_the_prompts(live):

@@ -140,7 +140,9 @@ class EngineThread:
         for request in inbox:
             try:
                 self.engine.submit(request)
-            except SoftPromptsError as error:  # its prompt may be gone by now
+            except Exception as error:  # its prompt may be gone by now; whatever it is, it is this request's alone
+                if not isinstance(error, SoftPromptsError):
+                    _log.exception("request '%s' could not be taken", request.id)
                 for index in range(request.options.n):
                     self._tell(Event(request.id, index, finish_reason="error", error=error))
         for request_id in cancelled:

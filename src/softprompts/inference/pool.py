@@ -125,7 +125,7 @@ class PromptPool:
     def __init__(self, frozen: FrozenLM, source: PromptSource | None = None, *, budget_bytes: int = 1 << 30) -> None:
         if budget_bytes < 1:
             raise ConfigError(f"budget_bytes is {budget_bytes}, expected 1 or more")
-        self._frozen, self._source, self._budget = frozen, source, budget_bytes
+        self._frozen, self._source, self.budget_bytes = frozen, source, budget_bytes
         self._changed = threading.Condition()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         """Resident and coming ones; the one that was used last stands last."""
@@ -140,11 +140,6 @@ class PromptPool:
         self._seconds = 0.0
         self.on_change: Callable[[], None] | None = None
         """Called, on any thread, when a prompt became ready or could not be loaded."""
-
-    @property
-    def budget_bytes(self) -> int:
-        """Most memory for loaded prompts."""
-        return self._budget
 
     # -- names -------------------------------------------------------------------------------------------------------
 
@@ -186,10 +181,15 @@ class PromptPool:
         own = self._own.get(name)
         if own is not None:
             return own.length
-        if name not in self._lengths:
+        length = self._lengths.get(name)  # looked at once: another thread may forget it any time
+        if length is None:
             assert self._source is not None
-            self._lengths[name] = self._source.info(name).length
-        return self._lengths[name]
+            length = self._lengths[name] = self._source.info(name).length
+        return length
+
+    def knows_length(self, name: str) -> bool:
+        """Whether :meth:`length` answers at once, without reading a file."""
+        return name in self._own or name in self._lengths or name not in self._known
 
     # -- what is in memory -------------------------------------------------------------------------------------------
 
@@ -359,10 +359,10 @@ class PromptPool:
             prompt = self._source.load(entry.name, self._frozen).prompt
         states = fold_for_serving(self._frozen, prompt, entry.name)
         size = size_bytes(states)
-        if size > self._budget:
+        if size > self.budget_bytes:
             raise ConfigError(
                 f"prompt '{entry.name}' takes {size} bytes in memory, more than all prompts together may "
-                f"({self._budget}); raise the budget of the pool"
+                f"({self.budget_bytes}); raise the budget of the pool"
             )
         with self._changed:
             while not self._closed and not self._make_room(size):
@@ -379,7 +379,7 @@ class PromptPool:
     def _make_room(self, size: int) -> bool:
         """Let unused prompts go, the one first that was not used for the longest time."""
         for name in list(self._entries):
-            if self._bytes + size <= self._budget:
+            if self._bytes + size <= self.budget_bytes:
                 break
             entry = self._entries[name]
             if entry.states is not None and not entry.users and name not in self._pinned:
@@ -387,9 +387,9 @@ class PromptPool:
                 self._bytes -= entry.size_bytes
                 self._evictions += 1
         pinned = sum(entry.size_bytes for entry in self._entries.values() if entry.name in self._pinned)
-        if pinned + size > self._budget:  # nobody would ever let go of them
+        if pinned + size > self.budget_bytes:  # nobody would ever let go of them
             raise ConfigError(
-                f"a prompt of {size} bytes does not fit beside the pinned ones, which take {pinned} of {self._budget}; "
-                "raise the budget of the pool or unpin some"
+                f"a prompt of {size} bytes does not fit beside the pinned ones, which take {pinned} of "
+                f"{self.budget_bytes}; raise the budget of the pool or unpin some"
             )
-        return self._bytes + size <= self._budget
+        return self._bytes + size <= self.budget_bytes

@@ -34,6 +34,12 @@ __all__ = [
 FORBIDDEN = float("-inf")
 """Score of a token that may not come."""
 
+_COLD = 1e-4
+"""Below this temperature logits are divided by so little that the best might become infinite, and not draw at all; so
+the best is made 0 beforehand, which changes no probability."""
+_COLDEST = 1e-30
+"""Less than this may be 0 in float32."""
+
 
 @dataclass(frozen=True)
 class Hypothesis:
@@ -227,7 +233,9 @@ def warp(logits_RV: Tensor, decoding: DecodingConfig) -> Tensor:
         Logits ``[R, V]``, minus infinity where a token fell out.
     """
     if decoding.temperature != 1.0:
-        logits_RV = logits_RV / decoding.temperature
+        if decoding.temperature < _COLD:
+            logits_RV = logits_RV - logits_RV.amax(dim=-1, keepdim=True)
+        logits_RV = logits_RV / max(decoding.temperature, _COLDEST)
     vocab_size = logits_RV.shape[-1]
     if 0 < decoding.top_k < vocab_size:
         last_R1 = logits_RV.topk(decoding.top_k, dim=-1).values[:, -1:]

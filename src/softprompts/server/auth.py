@@ -163,8 +163,14 @@ class KeyRing:
             outputs: How many it asks for.
 
         Raises:
-            ApiError: 429, with the time after which it may ask again.
+            ApiError: 429, with the time after which it may ask again; 422: it may never ask for so many.
         """
+        if key.max_concurrent is not None and outputs > key.max_concurrent:
+            raise ApiError(
+                422,
+                f"{outputs} outputs were asked for, this key may have {key.max_concurrent} at once",
+                "invalid_value",
+            )
         now = self.clock()
         per_minute = key.requests_per_minute
         use = self._uses.setdefault(key.name, _Use(float(per_minute or 0), now))

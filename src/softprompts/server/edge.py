@@ -23,6 +23,7 @@ __all__ = ["Edge", "JsonLines"]
 
 _log = logging.getLogger("softprompts.server")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_OWN_NAMES = ("localhost", "127.0.0.1", "::1")
 _CLOSED_EARLY = 499
 """What logs say of a client that left; nobody is sent it."""
 _HEADERS = {
@@ -107,7 +108,10 @@ class Edge:
 
     def _key(self, path: str, headers: Headers) -> ApiKey:
         """Whose request this is; what lies below ``/v1/`` needs a key where there are any."""
-        if self._service.keys is None or not path.startswith("/v1/"):
+        if self._service.keys is None:
+            self._check_host(headers)
+            return ANYBODY
+        if not path.startswith("/v1/"):
             return ANYBODY
         scheme, _, token = headers.get("authorization", "").partition(" ")
         key = self._service.keys.find(token.strip()) if scheme.lower() == "bearer" and token else None
@@ -115,22 +119,35 @@ class Edge:
             raise ApiError(401, "give an API key: Authorization: Bearer KEY", "invalid_api_key")
         return key
 
+    def _check_host(self, headers: Headers) -> None:
+        """Refuse, where no key is asked for, names that are not this machine's own.
+
+        A page of another site could let a name of its own lead to this machine, and would then be its own site here.
+        """
+        host = headers.get("host", "")
+        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+        if name.lower() not in _OWN_NAMES:
+            raise ApiError(
+                403, "without keys this server answers to localhost alone; start it with --keys", "wrong_host"
+            )
+
     def _measured(self, headers: Headers, receive: Receive) -> Receive:
         """Refuse a body that is too long or too slow; raises ApiError."""
         most = self._service.settings.max_body_bytes
         timeout_s = self._service.settings.body_timeout_s
         length = headers.get("content-length", "0")
         too_long = ApiError(413, f"the body is longer than {most} bytes", "body_too_large")
-        if not length.isdigit() or int(length) > most:
+        if not re.fullmatch(r"[0-9]{1,18}", length) or int(length) > most:
             raise too_long
         seen, done = 0, False
+        until = time.monotonic() + timeout_s
 
         async def read() -> Message:
             nonlocal seen, done
             if done:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), timeout_s)
+                message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
             except TimeoutError:
                 raise ApiError(408, f"the body did not come within {timeout_s:g} s", "timeout") from None
             seen += len(message.get("body", b""))

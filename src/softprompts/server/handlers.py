@@ -48,14 +48,26 @@ def _service(request: HttpRequest) -> Service:
 
 async def models(request: HttpRequest) -> JSONResponse:
     """List what this key may use."""
-    return JSONResponse({"object": "list", "data": _service(request).catalog.cards(request.state.key)})
+    catalog, key = _service(request).catalog, request.state.key
+
+    def listed() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": catalog.cards(key)})
+
+    async with _service(request).turn:  # with thousands of prompts it takes a while
+        return await asyncio.to_thread(listed)
 
 
 async def model(request: HttpRequest) -> JSONResponse:
     """Say what one of them is; ``?details=true`` reads what a prompt says about itself."""
-    catalog, name, key = _service(request).catalog, request.path_params["name"], request.state.key
+    service, name, key = _service(request), request.path_params["name"], request.state.key
+    catalog = service.catalog
+
+    async def described() -> JSONResponse:
+        async with service.turn:
+            return JSONResponse(await asyncio.to_thread(catalog.describe, name, key))
+
     if request.query_params.get("details", "").lower() in ("true", "1"):
-        return JSONResponse(await unless_gone(request, asyncio.to_thread(catalog.describe, name, key)))
+        return await unless_gone(request, described())
     return JSONResponse(catalog.card(name, key))
 
 

@@ -48,7 +48,7 @@ _USAGE = {
     "required": ["prompt_tokens", "completion_tokens", "total_tokens"],
     "properties": {key: {"type": "integer"} for key in ("prompt_tokens", "completion_tokens", "total_tokens")},
 }
-_TEXT_ERRORS = (400, 401, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504)
+_TEXT_ERRORS = (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504)
 
 
 def _answer(kind: str, content: str) -> dict[str, Any]:
@@ -133,10 +133,10 @@ def openapi() -> dict[str, Any]:
             "/v1/chat/completions": {
                 "post": _operation("chat", "Answer a conversation", chat, body=ChatRequest, **asked)  # type: ignore[arg-type]
             },
-            "/v1/models": {"get": _operation("models", "What this key may use", listed, errors=(401, 500))},
+            "/v1/models": {"get": _operation("models", "What this key may use", listed, errors=(401, 403, 500))},
             "/v1/models/{name}": {
                 "get": _operation(
-                    "model", "What one of them is", _MODEL, errors=(401, 404, 409, 500), parameters=(name, details)
+                    "model", "What one of them is", _MODEL, errors=(401, 403, 404, 409, 500), parameters=(name, details)
                 )
             },
             "/v1/load_prompt": {
@@ -145,7 +145,7 @@ def openapi() -> dict[str, Any]:
             "/v1/unload_prompt": {
                 "post": _operation("unload_prompt", "Serve a prompt no more", state, body=UnloadRequest, errors=admin)
             },
-            "/v1/engine": {"get": _operation("engine", "What the engine does", plain, errors=(401, 500))},
+            "/v1/engine": {"get": _operation("engine", "What the engine does", plain, errors=(401, 403, 500))},
             "/health": {"get": _operation("health", "Whether the engine lives", state, secured=False, errors=(503,))},
             "/ready": {"get": _operation("ready", "Whether it takes requests", state, secured=False, errors=(503,))},
             "/version": {"get": _operation("version", "Which release", plain, secured=False)},

@@ -59,6 +59,8 @@ class Service:
         self.draining = False
         self.in_flight = 0
         """HTTP requests for text that are being answered."""
+        self.turn = asyncio.Semaphore(1)
+        """Of what reads files or goes through all names: whoever asks for it again and again keeps one thread busy."""
         self._numbers = itertools.count()
         self._run = secrets.token_hex(4)
 
@@ -156,6 +158,19 @@ class Service:
         if isinstance(body, ChatRequest):
             return [chat_ids(self.frozen, body.messages)]
         return [self.thread.engine.encode(one) if isinstance(one, str) else one for one in body.inputs]
+
+    async def learn_lengths(self, prompts: Sequence[str]) -> None:
+        """Read, beside everything else, how long prompts are that nobody has asked for yet.
+
+        Raises:
+            ApiError: One of them is damaged, or not there any more.
+        """
+        for name in prompts:
+            if not self.pool.knows_length(name):
+                try:
+                    await asyncio.to_thread(self.pool.length, name)
+                except Exception as error:
+                    raise from_engine(error, name) from error
 
     def begin(self, requests: Sequence[Request], model: str) -> Answer:
         """Hand requests to the engine; raises ApiError where it refuses one."""

@@ -68,6 +68,9 @@ async def _answer(
     with contextlib.ExitStack() as stack:
         stack.enter_context(service.admission(key, inputs * body.outputs * rows))
         encoded = await service.encode(body)
+        if not all(encoded):
+            raise ApiError(422, "there are no input tokens, so there is nothing to continue", "invalid_value")
+        await service.learn_lengths([prompt] if prompt is not None and ensemble is None else [])
         asks = [Ask(ids, prompt) for ids in encoded] if ensemble is None else ensemble.asks(encoded)
         requests = service.requests(body, asks, 0 if whole else logprobs)
         answer = stack.enter_context(service.begin(requests, body.model))
