@@ -152,7 +152,7 @@ _PREFIX_TUNING_PAPER = Preset(
 )
 
 _RECOMMENDED = Preset(
-    "Ours, for a first try: what a small sweep on the bundled LM found best (`benchmarks/recommended_sweep.yaml`).",
+    "Ours, for a first try on a small model: values of single trials (`benchmarks/recommended_sweep.yaml` compares them).",
     _frozen(
         {
             "method": "prompt",
