@@ -23,6 +23,7 @@ from softprompts.inference.sampling import (
     banned_sequences,
     check_decoding,
 )
+from softprompts.inference.text_stream import first_stop
 from softprompts.models.seq2seq import check_room
 from softprompts.prompted import PromptedLM
 from softprompts.prompts import SoftPrompt
@@ -169,9 +170,9 @@ class Engine:
             list(hypothesis.ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         assert isinstance(text, str)  # a list of lists would give a list of texts
-        places = [place for one in stop if (place := text.find(one)) >= 0]
-        text = text[: min(places)] if places else text
-        return Generation(hypothesis.ids, text, hypothesis.logprob, hypothesis.finished or bool(places))
+        found = first_stop(text, stop)
+        text = text if found is None else text[: found[0]]
+        return Generation(hypothesis.ids, text, hypothesis.logprob, hypothesis.finished or found is not None)
 
     def check(self, rows: Sequence[Encoded], decoding: DecodingConfig, *, averaged: Sequence[int] = ()) -> None:
         """Refuse what :meth:`generate` would refuse, without running anything; raises the same errors."""

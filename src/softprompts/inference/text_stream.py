@@ -11,11 +11,20 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TextStream"]
+__all__ = ["TextStream", "first_stop"]
 
 _UNFINISHED = "\ufffd"
 _LONGEST_WINDOW = 8
 """Tokens that are decoded together before the window is made smaller."""
+
+
+def first_stop(text: str, stop: Sequence[str]) -> tuple[int, str] | None:
+    """Find where a text ends: the first place at which a stop string begins, and which one.
+
+    Of several that begin there it is the one that is named first; ``None`` where there is none.
+    """
+    found = [(place, one) for one in stop if (place := text.find(one)) >= 0]
+    return min(found, key=lambda pair: pair[0]) if found else None
 
 
 class TextStream:
@@ -73,9 +82,9 @@ class TextStream:
         text, self._held = self._held + new, ""
         if not self._stop or not may_stop:
             return text
-        found = [(place, stop) for stop in self._stop if (place := text.find(stop)) >= 0]
-        if found:
-            place, self.stopped_by = min(found, key=lambda pair: pair[0])
+        found = first_stop(text, self._stop)
+        if found is not None:
+            place, self.stopped_by = found
             return text[:place]
         longest = max(map(len, self._stop)) - 1
         for start in range(max(0, len(text) - longest), len(text)):
