@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import yaml
+from reporting import commit, hardware, today, write_result
+from reporting import run as run_logged
 
 from softprompts.config import TaskConfig
 from softprompts.evaluation.ensemble import majority_vote
@@ -30,7 +28,6 @@ from softprompts.tasks import get_task
 from softprompts.tasks.sources import data_root
 from softprompts.types import Example, Prediction
 
-ROOT = Path(__file__).resolve().parents[1]
 MEMBERS = 5
 WAYS = ("vote", "rank", "average", "likeliest")
 TASKS = {
@@ -105,14 +102,9 @@ def run(place: Path, name: str, words: list[str], threads: int) -> dict[str, Any
         return json.loads(result.read_text())
     place.mkdir(parents=True, exist_ok=True)
     raw = place / f"{name}.raw.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "softprompts", *words, "--json", str(raw)]
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    with (place / "log.txt").open("a") as log:
-        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False).returncode
+    run_logged([*words, "--json", str(raw)], place / "log.txt", threads)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if code:
-        raise SystemExit(f"softprompts {' '.join(words)} ended with {code}; see {place / 'log.txt'}")
     found = json.loads(raw.read_text())
     found["wall_s"] = time.perf_counter() - started
     found["cpu_s"] = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
@@ -271,16 +263,13 @@ def main() -> None:
             "one_by_one": one_by_one(task, options),
             "model": repeats[0]["vote"]["model"],
         }
-    git = ["git", "rev-parse", "--short", "HEAD"]
     facts = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip(),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads",
+        "date": today(),
+        "commit": commit(),
+        "hardware": hardware(f"{options.threads} threads"),
         "settings": {name: str(value) for name, value in vars(options).items() if name not in ("out", "work")},
         "members": MEMBERS,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps({**facts, "tasks": tasks}, indent=1) + "\n")
     model = tasks[options.tasks[0]]["model"]
     lines = [
         f"# Ensembles of {MEMBERS} prompts",
@@ -295,8 +284,7 @@ def main() -> None:
         "",
         *(f"{key}: {facts[key]}  " for key in ("date", "commit", "hardware", "settings")),
     ]
-    options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write_result(options.out, {**facts, "tasks": tasks}, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -2,45 +2,21 @@
 
 A grid is a YAML file: a title, the seeds, what is evaluated, and rows of (name, recipe, overrides). Every cell (row and
 seed) is one `softprompts train` and one `softprompts evaluate`, and one JSON file below `--work`; a killed grid goes on
-where it was. A row may have `evaluate` and `seeds` of its own, and with `together: true` they are trained in one pass. The
-result is a JSON file with every number of every seed and a Markdown table with means and standard errors over them.
+where it was. A row may have `evaluate` and `seeds` of its own, and with `together: true` they are trained in one pass.
+The result is a JSON file with every number of every seed and a Markdown table with means and standard errors over them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def run(arguments: list[str], log: Path, threads: int) -> None:
-    """Run one softprompts command; its output goes to a log beside the cell."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    with log.open("a") as file:
-        file.write(f"$ softprompts {' '.join(arguments)}\n")
-        file.flush()
-        command = [sys.executable, "-m", "softprompts", *arguments]
-        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, check=False).returncode
-    if code:
-        raise SystemExit(f"softprompts {arguments[0]} ended with {code}; see {log}")
-
-
-def commit() -> str:
-    """Return the commit that is checked out now."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+from reporting import commit, hardware, run, today, write_result
 
 
 def folder(row: dict[str, Any], seed: int, work: Path) -> Path:
@@ -170,9 +146,9 @@ def main() -> None:
     rows = summary(done, metrics)
     facts = {
         "title": grid["title"],
-        "date": time.strftime("%Y-%m-%d"),
+        "date": today(),
         "commits": sorted({item["commit"] for item in done}),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {processes}",
+        "hardware": hardware(processes),
         "training_hours": sum(item["train"].get("seconds", 0) for item in done) / 3600,
         "model": grid["model"],
         "command": " ".join(
@@ -181,15 +157,12 @@ def main() -> None:
         ),
         "model_fingerprints": sorted({item["evaluate"]["model"]["fingerprint"] for item in done if not _tuned(item)}),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     lines = [f"# {grid['title']}", "", grid.get("text", "").strip(), "", table(rows, metrics), ""]
     told = ("date", "commits", "hardware", "model", "model_fingerprints", "command")
     lines += [f"{key}: {facts[key]}  " for key in told]
     lines.append("")
     lines.append("± is the standard error over the seeds (over the records, by bootstrap, where there is one seed).")
-    options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write_result(options.out, {**facts, "rows": rows}, "\n".join(lines))
 
 
 if __name__ == "__main__":

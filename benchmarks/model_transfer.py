@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
-from grid import commit
+from reporting import commit, hardware, own_threads, today, write_result
 
 from softprompts.cli.train import run_recipe
 from softprompts.cli.transfer_models import transfer_models
@@ -140,7 +138,7 @@ def report(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         numbers = " | ".join(f"{row[key]:.3f}" for key in ("none", "transferred", "own"))
         recovery = "" if row["recovery"] is None else f"{row['recovery']:.2f}"
         lines.append(f"{place} {numbers} | {recovery} | {start} |")
-    return "\n".join([*lines, "", *(f"{key}: {value}  " for key, value in facts.items())]) + "\n"
+    return "\n".join([*lines, "", *(f"{key}: {value}  " for key, value in facts.items())])
 
 
 def main() -> None:
@@ -170,16 +168,13 @@ def main() -> None:
     ways = [(options.source, options.target)] + ([(options.target, options.source)] if options.back else [])
     rows = [row for way in ways for name in options.methods for row in transferred(name, *way, options)]
     facts = {
-        "date": time.strftime("%Y-%m-%d"),
+        "date": today(),
         "commit": commit(),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
+        "hardware": hardware(own_threads()),
         "settings": {key: str(value) for key, value in vars(options).items() if key not in ("out", "work")},
         "seconds of this call": round(time.perf_counter() - start),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(report(rows, facts))
-    print(report(rows, facts))
+    write_result(options.out, {"facts": facts, "rows": rows}, report(rows, facts))
 
 
 if __name__ == "__main__":

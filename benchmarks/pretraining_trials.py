@@ -14,14 +14,11 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import platform
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import yaml
+from reporting import commit, hardware, today, write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softprompts.config import load_recipe
@@ -113,19 +110,16 @@ def main() -> None:
     grid = yaml.safe_load(options.grid.read_text())
     texts = held_out_texts(load_recipe(grid["recipe"], PretrainRecipe))
     rows = [trial(row, grid, texts, options.work) for row in grid["rows"]]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     facts = {
         "title": grid["title"],
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": today(),
+        "commit": commit(),
+        "hardware": hardware(),
         "command": f"python benchmarks/pretraining_trials.py {options.grid} --out {options.out} --work WORK",
     }
-    options.out.with_suffix(".json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     lines = [f"# {grid['title']}", "", grid["text"].strip(), "", table(rows), ""]
     lines += [f"{key}: {facts[key]}  " for key in ("date", "commit", "hardware", "command")]
-    options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write_result(options.out, {**facts, "rows": rows}, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import yaml
-from grid import commit, run
+from reporting import commit, hardware, run, today, write_result
 
 
 def train(row: dict[str, Any], sweep: dict[str, Any], work: Path, threads: int) -> dict[str, Any]:
@@ -117,20 +114,18 @@ def main() -> None:
     groups = [group for row, one in zip(rows, trained, strict=True) for group in settings(row, one, sweep["metrics"])]
     sets = "".join(f" --set {item}" for item in options.set)
     facts = {
-        "date": time.strftime("%Y-%m-%d"),
+        "date": today(),
         "commits": sorted({one["commit"] for one in trained}),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {options.jobs} runs at a time with "
-        f"{options.threads} threads",
+        "hardware": hardware(f"{options.jobs} runs at a time with {options.threads} threads"),
         "model": sorted({one["model"] for one in trained}),
         "training minutes": round(sum(one["seconds"] for one in trained) / 60, 1),
         "command": f"python benchmarks/sweep.py {options.sweep} --out {options.out} --work WORK{sets}",
     }
     text = report(sweep, groups, facts)
-    print(text)
     if options.only is None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.with_suffix(".json").write_text(json.dumps({**facts, "settings": groups}, indent=1) + "\n")
-        options.out.with_suffix(".md").write_text(text + "\n")
+        write_result(options.out, {**facts, "settings": groups}, text)
+    else:
+        print(text)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-from grid import commit
+from reporting import commit, hardware, own_threads, today, write_result
 from rich.console import Console
 
 from softprompts.cli.train import run_recipe
@@ -172,7 +170,7 @@ def report(found: dict[str, dict[str, Any]], warm: list[dict[str, Any]], facts: 
             f"{target}: {len(reached)} of {len(own)} warm starts reach it, after {mean} updates on average "
             f"({cold:.0f} from words).",
         ]
-    return "\n".join([*lines, "", *(f"{key}: {value}  " for key, value in facts.items())]) + "\n"
+    return "\n".join([*lines, "", *(f"{key}: {value}  " for key, value in facts.items())])
 
 
 def main() -> None:
@@ -198,19 +196,15 @@ def main() -> None:
     found = matrices(runs, options)
     warm = warm_starts(found["loss"], options)
     facts = {
-        "date": time.strftime("%Y-%m-%d"),
+        "date": today(),
         "commit": commit(),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
+        "hardware": hardware(own_threads()),
         "model": found["loss"]["model"],
         "settings": {key: str(value) for key, value in vars(options).items() if key not in ("out", "work")},
         "training seconds per prompt": round(statistics.mean(one["seconds"] for one in losses.values()), 1),
         "seconds of this call": round(time.perf_counter() - start),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    content = {"facts": facts, "matrices": found, "warm_starts": warm}
-    options.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(report(found, warm, facts))
-    print(report(found, warm, facts))
+    write_result(options.out, {"facts": facts, "matrices": found, "warm_starts": warm}, report(found, warm, facts))
 
 
 if __name__ == "__main__":
