@@ -54,6 +54,12 @@ def test_an_empty_recipe_is_the_defaults(recipe):
     assert load_recipe(recipe(""), TrainRecipe) == TrainRecipe()
 
 
+@pytest.mark.parametrize("word", ["no", "yes", "auto"])
+def test_yes_and_no_need_no_quotes(word: str, recipe):
+    assert load_recipe(recipe(f"model: {{compile: {word}}}\n"), TrainRecipe).model.compile == word
+    assert load_recipe(recipe(""), TrainRecipe, [f"model.compile={word}"]).model.compile == word
+
+
 def test_a_section_without_keys_is_its_defaults(recipe):
     assert load_recipe(recipe("training:\n  # batch_size: 8\nmethod: prompt\n"), TrainRecipe) == TrainRecipe()
 

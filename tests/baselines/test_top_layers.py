@@ -147,6 +147,12 @@ def test_a_delta_comes_back_onto_its_own_model_only(
     (directory / "tuned.json").write_text(json.dumps({**manifest, "sha256": "0" * 64}))
     with pytest.raises(ArtifactError, match="does not match the sha256"):
         load_delta(directory, frozen)
+    outside = directory.parent / "outside.safetensors"
+    (directory / manifest["weights_file"]).rename(outside)
+    for name in ("../outside.safetensors", str(outside), "..", ""):
+        (directory / "tuned.json").write_text(json.dumps({**manifest, "weights_file": name}))
+        with pytest.raises(ArtifactError, match="expected the name of a file beside it"):
+            load_delta(directory, frozen)
     (directory / "tuned.json").write_text("[1]")
     with pytest.raises(ArtifactError, match="expected an object"):
         load_delta(directory, frozen)

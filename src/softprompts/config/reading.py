@@ -213,6 +213,8 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
                 continue
         raise _wrong(value, hint, place)
     if origin is Literal:
+        if isinstance(value, bool) and {"yes", "no"} <= set(arguments):
+            value = "yes" if value else "no"  # YAML 1.1 reads yes and no as booleans
         if value not in arguments:
             raise ConfigError(f"'{place}' is {value!r}: {nearest(str(value), [str(item) for item in arguments])}")
         return value

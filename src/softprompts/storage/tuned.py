@@ -153,9 +153,15 @@ def _read_info(place: Path) -> TunedInfo:
     path = place / TUNED_FILE
     mapping = read_object(path, MAX_MANIFEST_BYTES)
     try:
-        return decode(TunedInfo, mapping)
+        info = decode(TunedInfo, mapping)
     except ConfigError as error:
         raise ArtifactError(f"'{path}' is damaged or of another version: {error}; train again") from error
+    if info.weights_file in ("", ".", "..") or set(info.weights_file) & set("/\\\0"):
+        raise ArtifactError(
+            f"'{path}' says that its weights are in '{info.weights_file}', expected the name of a file beside it; "
+            "it was changed by hand, so take it from where it was made, or train again"
+        )
+    return info
 
 
 def check_model(info: TunedInfo, frozen: FrozenLM, directory: str | Path) -> None:
