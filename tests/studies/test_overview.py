@@ -16,7 +16,7 @@ from softprompts.studies.results import read_results
 from softprompts.studies.sweep import read_cells, sweep, write_study
 from tiny_study import FakeRunner, tiny_plan
 
-MISSING = "model 'family/none' is not there"
+MISSING = "model 'family/none' is not in '~/models'; build it with: softprompts pretrain x"
 
 
 class PoorRunner(FakeRunner):
@@ -28,7 +28,9 @@ class PoorRunner(FakeRunner):
 
     def __call__(self, missing: Sequence[Cell], folder: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
         if missing[0].setting.name == self.missing:
-            raise DataNotFoundError(MISSING)
+            there = f" (there: model {len(self.ran)})"  # a model more from seed to seed
+            said = MISSING.replace("~", str(Path.home())).replace("/models'", f"/models'{there}")
+            raise DataNotFoundError(f"{said}; or set SOFTPROMPTS_CACHE to the folder whose models/none holds it")
         yield from super().__call__(missing, folder)
 
 

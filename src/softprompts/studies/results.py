@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ class Result:
         """Settings whose model or data were not there, by the message that says so."""
         found: dict[str, list[str]] = {}
         for cell in filter(is_left_out, self.cells.values()):
-            said = cell["error"]["message"].replace(str(Path.home()), "~")
+            said = _short(cell["error"]["message"])
             if cell["setting"] not in found.setdefault(said, []):
                 found[said].append(cell["setting"])
         return found
@@ -160,6 +161,12 @@ class Result:
         left_out = sum(map(is_left_out, own))
         failed = sum("error" in cell for cell in own) - left_out
         return Row(setting, numbers, tuple(seeds), failed, left_out, published)
+
+
+def _short(message: str) -> str:
+    """Leave out what differs from machine to machine and from day to day."""
+    message = re.sub(r" \(there: [^)]*\)|; or set \w+ to .*", "", message)
+    return message.replace(str(Path.home()), "~")
 
 
 def _number(by_seed: Mapping[int, float]) -> Number:
