@@ -152,7 +152,7 @@ _PREFIX_TUNING_PAPER = Preset(
 )
 
 _RECOMMENDED = Preset(
-    "Ours, for a first try on a small model: values of single trials (`benchmarks/recommended_sweep.yaml` compares them).",
+    "Ours, for a first try on a small model, from single trials (`benchmarks/recommended_sweep.yaml` compares more).",
     _frozen(
         {
             "method": "prompt",
