@@ -139,6 +139,7 @@ def test_what_could_never_run_is_refused_and_a_cancelled_one_ends_once():
             (Request("a", (97,), None, averaged=NAMES), ConfigError, "3 prompts are to answer together"),
             (Request("a", (97,), "m0", averaged=NAMES[:2]), ConfigError, "give one of the two"),
             (Request("a", (97,), None, averaged=("m0", "nobody")), UnknownPromptError, "nobody"),
+            (Request("a", (97,), None, SamplingOptions(forced_ids=(999,))), ConfigError, "no tokens"),
         ):
             with pytest.raises(error, match=text):
                 engine.check(request)

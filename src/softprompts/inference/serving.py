@@ -176,9 +176,9 @@ class ServingEngine:
             raise ConfigError(f"there is a request '{request.id}' already; give every request an id of its own")
         if not ids:
             raise LengthError("the request has no input tokens, so there is nothing to continue; give it some text")
-        if not all(0 <= token < self.frozen.geometry.vocab_size for token in ids):
+        if not all(0 <= token < self.frozen.geometry.vocab_size for token in (*ids, *options.forced_ids)):
             raise ConfigError(
-                f"the input holds ids that are no tokens of this model (0 to {self.frozen.geometry.vocab_size - 1})"
+                f"the request holds ids that are no tokens of this model (0 to {self.frozen.geometry.vocab_size - 1})"
             )
         self._check_rows(request)
         prompt = self._prompt_length(request)
