@@ -24,7 +24,7 @@ from softprompts.server.settings import ServerSettings
 from softprompts.storage import save_prompt
 from softprompts.storage.library import PromptLibrary
 
-KEYS = {name: f"sp-{name}-key" for name in ("team-a", "team-b", "admin")}
+KEYS = {name: f"sp-{name}-key" for name in ("team-a", "team-b", "admin", "four-rows")}
 
 
 def key(name: str, **limits: Any) -> ApiKey:

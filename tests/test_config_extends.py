@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from softprompts.config import load_recipe
-from softprompts.config.merging import merged
+from softprompts.config.merging import flat, merged, nested
 from softprompts.errors import ConfigError, DataNotFoundError
 
 
@@ -60,6 +60,12 @@ def test_merging_leaves_both_sides_as_they_were() -> None:
     }
     assert (below, above) == kept
     assert merged(below, {"d": 1})["d"] == 1  # a value where a section stood is for the reader to refuse
+
+
+def test_dotted_keys_and_sections_are_two_ways_to_write_the_same() -> None:
+    sections = {"a": 1, "b": {"c": None, "d": {"e": [1, {"f": 2}]}}}
+    assert flat(sections) == {"a": 1, "b.c": None, "b.d.e": [1, {"f": 2}]}
+    assert nested(flat(sections)) == sections
 
 
 def test_wrong_keys_are_refused_wherever_they_stand(tmp_path: Path) -> None:

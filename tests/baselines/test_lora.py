@@ -15,7 +15,7 @@ from conftest import tiny_model
 from softprompts.baselines.peft_lora import LoraObjective, load_lora
 from softprompts.cli.train import run_recipe
 from softprompts.config import LoraConfig, TrainRecipe
-from softprompts.errors import ConfigError, PromptMismatchError
+from softprompts.errors import ArtifactError, ConfigError, PromptMismatchError
 from softprompts.models import FrozenLM
 from softprompts.training import in_order, mean_loss
 from softprompts.types import Encoded, Example
@@ -93,6 +93,11 @@ def test_an_adapter_is_trained_resumed_saved_by_peft_and_judged(
         assert not torch.allclose(adapted.model(ids_1T).logits, plain.model(ids_1T).logits, atol=1e-3)
     with pytest.raises(PromptMismatchError, match="whose weights"):
         load_lora(result["saved"], FrozenLM.from_model(tiny_model("gpt2", seed=1), tokenizer))
+    # the digest of another file would say nothing of the one that PEFT reads
+    path = Path(result["saved"]) / "tuned.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "weights_file": "adapter_config.json"}))
+    with pytest.raises(ArtifactError, match="expected 'adapter_model"):
+        load_lora(result["saved"], plain)
 
 
 def test_what_makes_no_adapter_is_refused(tiny_frozen: Callable[[str], FrozenLM]) -> None:

@@ -52,6 +52,7 @@ def live(tmp_path_factory):
         key("team-a", prompts=("votes", "task/*"), base_model=False),
         key("team-b", prompts=("alone",)),
         key("admin", prompts=("*",)),
+        key("four-rows", prompts=("*",), max_concurrent=4),
     )
     with serving(frozen, folder, keys=keys) as live:
         live.folder = folder
@@ -101,6 +102,20 @@ def test_ensembles_are_listed_and_their_members_are_nobodys(live):
         assert {*HOW, *OF_TASK, "alone", "tiny"} - left_out <= listed
         assert not listed & left_out
         assert not any("#" in name for name in listed)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("votes", 4), ("averaged", 4), ("legal", 3), ("by-sum", 6), ("by-prior", 12)]
+)
+def test_every_row_that_is_computed_counts_towards_the_key(live, name, rows):
+    answer = live.post("/v1/completions", {"model": name, "prompt": "x", "max_tokens": 2}, "four-rows")
+    if rows <= 4:
+        assert answer.status_code == 200
+    else:
+        assert answer.status_code == 422
+        assert f"{rows} outputs were asked for" in answer.json()["error"]["message"]
+    two = live.post("/v1/completions", {"model": name, "prompt": ["x", "y"], "max_tokens": 2}, "four-rows")
+    assert two.status_code == 422
 
 
 def offline(live, name, rows, decoding, seed=0):

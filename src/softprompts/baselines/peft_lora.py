@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from softprompts.baselines.fine_tuning import TunedObjective
 from softprompts.config import LoraConfig
-from softprompts.errors import ConfigError, MissingExtraError
+from softprompts.errors import ArtifactError, ConfigError, MissingExtraError
 from softprompts.models import FrozenLM
 from softprompts.storage.recorded import read_recorded
 from softprompts.storage.tuned import TUNED_FILE, check_model, read_tuned, save_tuned
@@ -132,7 +132,11 @@ def load_lora(directory: str | Path, frozen: FrozenLM, *, in_place: bool = False
     peft = _peft()
     info = read_tuned(directory)
     check_model(info, frozen, directory)
-    path = Path(directory).resolve() / info.weights_file
+    path = Path(directory).resolve() / _WEIGHTS
+    if info.weights_file != _WEIGHTS:  # PEFT reads this one, whatever the digest is of
+        raise ArtifactError(
+            f"'{directory}/{TUNED_FILE}' is of '{info.weights_file}', expected '{_WEIGHTS}'; train again"
+        )
     read_recorded(path, sha256=info.sha256, manifest=TUNED_FILE)
     model = frozen.release() if in_place else copy.deepcopy(frozen.model)
     with _quiet():

@@ -192,14 +192,15 @@ def _train_together(recipes: Sequence[TrainRecipe], seeds: Sequence[int], folder
     """Train one prompt per recipe in one pass; each leaves its ``train.json``, once all are done."""
     from softprompts.cli.train import run_recipe
     from softprompts.config import to_dict
+    from softprompts.config.merging import flat
 
     places = [folder / f"seed-{seed}" for seed in seeds]
     if all((place / _TRAINED).exists() for place in places):
         return
-    flat = [_flat(to_dict(recipe)) for recipe in recipes]
-    varying = [key for key in flat[0] if key != "output_dir" and any(own[key] != flat[0][key] for own in flat)]
+    values = [flat(to_dict(recipe)) for recipe in recipes]
+    varying = [key for key in values[0] if key != "output_dir" and any(own[key] != values[0][key] for own in values)]
     members = tuple(
-        {"name": place.name, **{key: own[key] for key in varying}} for place, own in zip(places, flat, strict=True)
+        {"name": place.name, **{key: own[key] for key in varying}} for place, own in zip(places, values, strict=True)
     )
     config = dataclasses.replace(recipes[0], output_dir=str(folder), together=members)
     found = run_recipe(config, resume=_started(folder))["prompts"]
@@ -275,13 +276,6 @@ def _gained_early(history: Sequence[Mapping[str, Any]], reference_loss: float | 
         return None
     gained = reference_loss - min(loss for _, loss in losses)
     return (reference_loss - early) / gained if gained > 0 else None
-
-
-def _flat(sections: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in sections.items():
-        flat |= _flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {f"{before}{key}": value}
-    return flat
 
 
 def _finite(value: float | None) -> float | None:

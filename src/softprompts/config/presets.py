@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from softprompts.config.merging import merged
+from softprompts.config.merging import flat, merged, nested
 from softprompts.errors import ConfigError, nearest
 
 __all__ = ["PRESETS", "Case", "Preset", "preset_values", "with_preset"]
@@ -232,19 +232,5 @@ def with_preset(recipe: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
     Raises:
         ConfigError: There is no such preset.
     """
-    filled: dict[str, Any] = {}
-    for key, value in preset_values(recipe["preset"], _flat(recipe), _flat(defaults)).items():
-        *sections, last = key.split(".")
-        inside = filled
-        for section in sections:
-            inside = inside.setdefault(section, {})
-        inside[last] = value
+    filled = nested(preset_values(recipe["preset"], flat(recipe), flat(defaults)))
     return merged(filled, recipe)
-
-
-def _flat(sections: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Write sections as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in sections.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

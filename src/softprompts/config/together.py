@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from softprompts.config.merging import flat
 from softprompts.config.reading import parse_override, replaced
 from softprompts.config.schema import TrainRecipe
 from softprompts.errors import ConfigError
@@ -45,7 +46,7 @@ def member_recipes(recipe: TrainRecipe) -> dict[str, TrainRecipe]:
             "for prompts: set method=prompt, or train one after the other"
         )
     shared = dataclasses.replace(recipe, together=())
-    changes_of = [_flat(changes) for changes in recipe.together]
+    changes_of = [flat(changes) for changes in recipe.together]
     keys = list(dict.fromkeys(key for changes in changes_of for key in changes if key != "name"))
     members: dict[str, TrainRecipe] = {}
     for number, changes in enumerate(changes_of):
@@ -108,14 +109,6 @@ def _combinations(
             values = dict(zip(keys, combination, strict=True))
             named = {"name": f"{member['name']}_{_name(values, keys)}"} if "name" in member else {}
             yield {**member, **values, **named}
-
-
-def _flat(changes: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Write nested sections as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in changes.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _refuse_shared(values: Mapping[str, Any], place: str) -> None:

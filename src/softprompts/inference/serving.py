@@ -205,13 +205,14 @@ class ServingEngine:
         self._input_tokens += len(request.ids)
         leaders = self._tracks[request.id] = []
         for index in range(request.options.n):
-            leader = None
+            leader: Track | None = None
             for prompt in request.prompts:
                 number, tokenizer = next(self._numbers), self.frozen.tokenizer
                 track = Track(number, request, index, seed=seed, tokenizer=tokenizer, prompt=prompt, leader=leader)
                 leader = track.leader
                 self._scheduler.add(track)
-            leaders += [leader] if leader is not None else []
+            assert leader is not None  # there is always a first row
+            leaders.append(leader)
 
     def cancel(self, request_id: str) -> bool:
         """Stop a request: its outputs end in the next step.

@@ -75,6 +75,13 @@ class Ensemble:
         """Whether nothing of the answer is known before all of it is."""
         return self.combine != "average"
 
+    def rows(self, inputs: int) -> int:
+        """Count what the engine computes for so many inputs: a row for every member, and for every choice ranked."""
+        if self.ranked is None:
+            return inputs * len(self.members)
+        behind = inputs + (self.ranked.by == "prior")
+        return behind * len(self.members) * len(self.ranked.tokens)
+
     def asks(self, inputs: Sequence[tuple[int, ...]]) -> list[Ask]:
         """Say what the engine is asked for: of each input what :meth:`combined` needs, side by side."""
         if self.combine == "average":

@@ -64,9 +64,9 @@ async def _answer(
     if ensemble is not None:
         _check_ensemble(ensemble, body, logprobs)
     whole = ensemble is not None and ensemble.whole
-    rows = 1 if ensemble is None else len(ensemble.members)
+    outputs_asked = inputs * body.outputs
     with contextlib.ExitStack() as stack:
-        stack.enter_context(service.admission(key, inputs * body.outputs * rows))
+        stack.enter_context(service.admission(key, outputs_asked if ensemble is None else ensemble.rows(outputs_asked)))
         encoded = await service.encode(body)
         if not all(encoded):
             raise ApiError(422, "there are no input tokens, so there is nothing to continue", "invalid_value")
@@ -88,7 +88,7 @@ async def _answer(
             return JSONResponse(wording.whole(outputs, usage_of(input_tokens, output_tokens)))
         # Until the first token there may still be an error with a status of its own.
         first = [told_whole(*one) for one in enumerate(outputs)] or await unless_gone(request, answer.more())
-        lines = _lines(answer, wording, first, input_tokens, inputs * body.outputs, body, request.state.log)
+        lines = _lines(answer, wording, first, input_tokens, outputs_asked, body, request.state.log)
         return EventStream(lines, stack.pop_all().close, service.settings.request_timeout_s)
 
 

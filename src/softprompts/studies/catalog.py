@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from softprompts.config import TrainRecipe, decode, replaced
+from softprompts.config.merging import merged, nested
 from softprompts.errors import ConfigError, nearest
 from softprompts.studies.definition import Choice, Scale, Study, Uncovered
 
@@ -128,7 +129,7 @@ def get_study(name: str) -> Study:
     content = _read(name)
     for scale in get_args(ScaleName):
         own = dict(content[scale])
-        content[scale] = _over(_read(_BASES)[own.pop("base")], own) if "base" in own else own
+        content[scale] = merged(_read(_BASES)[own.pop("base")], own) if "base" in own else own
     return decode(Study, content)
 
 
@@ -142,15 +143,6 @@ def _read(name: str) -> dict[str, Any]:
     text = (files("softprompts.studies") / _FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
     content: dict[str, Any] = yaml.safe_load(text)
     return content
-
-
-def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge section by section."""
-    both = dict(below)
-    for key, value in above.items():
-        inner = both.get(key)
-        both[key] = _over(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
-    return both
 
 
 def make_plan(
@@ -186,7 +178,7 @@ def make_plan(
             raise ConfigError(f"study '{study.name}' compares models, so --model would change nothing; leave it out")
         values["model.name_or_path"] = model
     if values:
-        scale = replace(scale, recipe=_changed(scale.recipe, values))
+        scale = replace(scale, recipe=merged(scale.recipe, nested(values)))
     return Plan(study, scale_name, scale, settings)
 
 
@@ -221,20 +213,6 @@ def _setting(series: Choice, point: Choice) -> Setting:
     )
 
 
-def _changed(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Set dotted keys in a recipe that is not decoded yet, so that presets still fill in the rest."""
-    changed: dict[str, Any] = {
-        key: _changed(value, {}) if isinstance(value, Mapping) else value for key, value in recipe.items()
-    }
-    for key, value in values.items():
-        *sections, last = key.split(".")
-        inside = changed
-        for section in sections:
-            inside = inside.setdefault(section, {})
-        inside[last] = value
-    return changed
-
-
 def recipe_of(plan: Plan, cell: Cell, output_dir: str, start: str | None = None) -> TrainRecipe:
     """Write the recipe of one cell.
 
@@ -250,7 +228,7 @@ def recipe_of(plan: Plan, cell: Cell, output_dir: str, start: str | None = None)
     own = {**cell.setting.set, **cell.task.set}
     values = {key: _with_seed(value, cell.seed) for key, value in own.items()}
     if "preset" in plan.scale.recipe:  # its cases look at the values of the setting too
-        recipe = decode(TrainRecipe, _changed(plan.scale.recipe, values))
+        recipe = decode(TrainRecipe, merged(plan.scale.recipe, nested(values)))
     else:
         recipe = replaced(decode(TrainRecipe, plan.scale.recipe), values)
     more: dict[str, Any] = {"training.seed": cell.seed, "output_dir": output_dir}

@@ -17,6 +17,7 @@ from typing import Any
 from softprompts.config import to_dict
 from softprompts.errors import ArtifactError, CheckpointError, DataNotFoundError, TrainingInterrupted
 from softprompts.storage.directory import replace_file
+from softprompts.storage.recorded import read_object
 from softprompts.studies.catalog import Cell, Plan
 from softprompts.studies.cost import cell_flop, seconds_left
 from softprompts.training.checkpoint import changed_keys
@@ -36,6 +37,8 @@ __all__ = [
 
 STUDY_FILE, CELLS = "study.json", "cells"
 _FORMAT = 1
+_MAX_BYTES = 1 << 28
+"""Of one file: no study comes near it."""
 
 Found = Mapping[str, Any]
 """What a runner says of a cell: ``metrics`` (name -> number or null), ``train``, ``samples``, ``history``, ``seconds``;
@@ -101,15 +104,12 @@ def read_study(directory: Path) -> dict[str, Any]:
         ArtifactError: There is none, or it is damaged.
     """
     path = directory / STUDY_FILE
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtifactError(f"'{directory}' holds no {STUDY_FILE}; run softprompts study NAME --out first") from error
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"'{path}' cannot be read: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+    if not path.exists():
+        raise ArtifactError(f"'{directory}' holds no {STUDY_FILE}; run softprompts study NAME --out first")
+    content = read_object(path, _MAX_BYTES)
+    if content.get("format") != _FORMAT:
         raise ArtifactError(f"'{path}' is none of this version (format {_FORMAT})")
-    return dict(content)
+    return content
 
 
 def read_cells(directory: Path) -> dict[str, dict[str, Any]]:
@@ -121,8 +121,8 @@ def read_cells(directory: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted((directory / CELLS).glob("*.json")):
         try:
-            found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            found[path.stem] = read_object(path, _MAX_BYTES)
+        except ArtifactError as error:
             raise ArtifactError(f"the cell '{path}' cannot be read: {error}; delete it to run it again") from error
     return found
 
