@@ -50,9 +50,10 @@ def test_a_new_key_fits_its_entry(tmp_path):
 
 @pytest.mark.slow
 def test_a_process_answers_and_ends_at_sigterm():
-    command = [sys.executable, "-m", "softprompts", "serve", "--model", "bundled", "--port", "0", "--threads", "1"]
+    command = [sys.executable, "-m", "softprompts", "serve", "--model", "bundled", "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         lines = (json.loads(line) for line in process.stderr if line.startswith("{"))
+        assert "thread" in next(line["plan"] for line in lines if line["message"] == "threads")
         url = next(line["url"] for line in lines if line["message"] == "listening")
         body = {"model": "bundled", "prompt": "The", "max_tokens": 3, "temperature": 0}
         answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60, trust_env=False)

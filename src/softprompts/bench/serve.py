@@ -2,7 +2,9 @@
 
 The peer is transformers' static ``generate`` on the same weights: all rows in one batch that begins and ends together,
 every row's prefix stacked in front of it beforehand. It is what one can do without an engine, and the rows here suit
-it: as many as a batch has, of about one length, all continued by the same number of tokens.
+it: as many as a batch has, of about one length, all continued by the same number of tokens. The engine chooses its
+number of threads for every pass by measuring beforehand; the peer runs with one, with all and with what the engine
+uses between, and its best is what counts.
 """
 
 from __future__ import annotations
@@ -21,7 +23,16 @@ from softprompts.bench.measure import interleaved
 from softprompts.bench.plain import separate_model
 from softprompts.bench.workload import draw_rows
 from softprompts.errors import ConfigError
-from softprompts.inference import PromptPool, Request, SamplingOptions, ServingEngine, ServingLimits
+from softprompts.inference import (
+    PromptPool,
+    Request,
+    SamplingOptions,
+    ServingEngine,
+    ServingLimits,
+    ThreadPlan,
+    measure_threads,
+)
+from softprompts.inference.threads import computing
 from softprompts.models import FrozenLM
 from softprompts.types import PromptStates
 
@@ -44,6 +55,8 @@ class ServeBench:
     repeats: int = 5
     """Rounds in which everybody takes a turn; a short one comes before them and does not count."""
     seed: int = 0
+    fixed_threads: bool = False
+    """Everybody computes with the threads that torch is set to, and no more is tried."""
 
 
 def measure_serving(
@@ -58,27 +71,28 @@ def measure_serving(
 
     Returns:
         The report, ready for JSON. ``mixing_ratio`` is the time with as many prompts as rows over that with one
-        prompt; ``text_ratio`` the time with the prompts' tokens as text over that with prompts.
+        prompt; ``text_ratio`` the time with the prompts' tokens as text over that with prompts; ``peer`` is the peer
+        with ``peer_threads``, its fastest number, and ``threads_plan`` says what the engine uses.
 
     Raises:
         ConfigError: A number is out of range.
     """
     if min(bench.rows, bench.length, bench.new_tokens, bench.repeats) < 1:
         raise ConfigError("--rows, --length, --new-tokens and --repeats: expected 1 or more")
-    vocab_size = frozen.geometry.vocab_size
-    inputs = [row.ids[: row.target_start] for row in draw_rows(bench.rows, vocab_size=vocab_size, seed=bench.seed)]
-    words = torch.randint(vocab_size, (bench.length,), generator=torch.Generator().manual_seed(bench.seed)).tolist()
+    inputs, words = _texts(bench, frozen.geometry.vocab_size)
     outputs: dict[str, list[tuple[int, ...]]] = {}
+    limits = ServingLimits(bench.rows, max(512, bench.rows), 1 << 40)
+    plan, numbers = _threads(frozen, bench, limits)
     with PromptPool(frozen, budget_bytes=1 << 40) as pool:
         for number in range(bench.rows):
             pool.add(str(number), make_prompt(frozen, "prefix", bench.length, seed=bench.seed + number))
         states = [pool.wait(str(number)) for number in range(bench.rows)]
-        engine = ServingEngine(frozen, pool, ServingLimits(bench.rows, max(512, bench.rows), 1 << 40))
-        mixed = [str(number) for number in range(bench.rows)]
-        plain: list[str | None] = [None] * bench.rows
+        engine = ServingEngine(frozen, pool, limits, threads=plan)
+        mixed, plain = [str(number) for number in range(bench.rows)], [None] * bench.rows
+        peer = _Stacked(separate_model(frozen), frozen, states, inputs)
         subjects: dict[str, _Subject] = {
             "mixed": _Served(engine, mixed, inputs),
-            "peer": _Stacked(separate_model(frozen), frozen, states, inputs),
+            **{f"peer_{number}": _with_threads(peer, number) for number in numbers},
             "one_prompt": _Served(engine, ["0"] * bench.rows, inputs),
             "no_prompt": _Served(engine, plain, inputs),
             "text": _Served(engine, plain, [(*words, *ids) for ids in inputs]),
@@ -95,8 +109,10 @@ def measure_serving(
         turns = {name: turn(name) for name in subjects}
         spreads = interleaved(turns, repeats=bench.repeats, device=frozen.device, warmup=0, on_round=on_round)
     seconds = {name: spread.median for name, spread in spreads.items()}
-    tokens = bench.rows * bench.new_tokens
-    same = sum(mine == other for mine, other in zip(outputs["mixed"], outputs["peer"], strict=True))
+    peer_threads = min(numbers, key=lambda number: seconds[f"peer_{number}"])
+    best = f"peer_{peer_threads}"
+    spreads["peer"], seconds["peer"], tokens = spreads[best], seconds[best], bench.rows * bench.new_tokens
+    same = sum(mine == other for mine, other in zip(outputs["mixed"], outputs[best], strict=True))
     return {
         "case": f"serve-{bench.rows}",
         "model": frozen.name,
@@ -109,7 +125,9 @@ def measure_serving(
         "no_prompt_tokens_per_s": tokens / seconds["no_prompt"],
         "outputs_equal": same / bench.rows,
         "peer": "transformers generate, prefixes stacked in one batch",
-        **{key: value for key, value in asdict(bench).items() if key != "length"},
+        "peer_threads": peer_threads,
+        "threads_plan": str(plan),
+        **{key: value for key, value in asdict(bench).items() if key not in ("length", "fixed_threads")},
         "prompts": bench.rows,
         "prompt_length": bench.length,
         "precision": str(frozen.dtype).removeprefix("torch."),
@@ -120,6 +138,30 @@ def measure_serving(
 
 _Subject = Callable[[int], list[tuple[int, ...]]]
 """Continues the rows by a number of tokens."""
+
+
+def _texts(bench: ServeBench, vocab_size: int) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The rows' inputs, and the text in place of a prompt."""
+    inputs = [row.ids[: row.target_start] for row in draw_rows(bench.rows, vocab_size=vocab_size, seed=bench.seed)]
+    words = torch.randint(vocab_size, (bench.length,), generator=torch.Generator().manual_seed(bench.seed)).tolist()
+    return inputs, words
+
+
+def _threads(frozen: FrozenLM, bench: ServeBench, limits: ServingLimits) -> tuple[ThreadPlan, list[int]]:
+    """What the engine computes with, and the numbers of threads that the peer is given in turn."""
+    most = torch.get_num_threads()
+    if bench.fixed_threads or frozen.device.type != "cpu":
+        return ThreadPlan(most), [most]
+    plan = measure_threads(frozen, limits)
+    return plan, sorted({1, most, *plan.numbers})
+
+
+def _with_threads(subject: _Subject, number: int) -> _Subject:
+    def run(new_tokens: int) -> list[tuple[int, ...]]:
+        with computing(ThreadPlan(number), 1):
+            return subject(new_tokens)
+
+    return run
 
 
 class _Served:

@@ -52,6 +52,9 @@ _PrecisionOption = Annotated[
         "--precision", help="float32: eager on both sides; best: what is fastest for each side (train, serve)."
     ),
 ]
+_ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", help="Of the CPU; all cores where left out (serve: as few as are fastest).")
+]
 
 
 def bench(
@@ -66,7 +69,7 @@ def bench(
         int | None, typer.Option("--repeats", help="Rounds in which everybody takes a turn (default: 9; serve: 5).")
     ] = None,
     precision: _PrecisionOption = _Precision.float32,
-    threads: Annotated[int | None, typer.Option("--threads", help="Of the CPU; all cores where left out.")] = None,
+    threads: _ThreadsOption = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option("--seed", help="Of rows, prompts and random weights.")] = 0,
     json: JsonOption = None,
@@ -107,7 +110,7 @@ def bench(
             plan = measures.TrainBench(case or "prompt-100", batch_size, rounds, best=best, seed=seed)
             report = measures.measure_training(frozen, plan, on_round=on_round)
         elif what is _What.serve:
-            wanted = measures.ServeBench(rows, length, new_tokens, rounds, seed)
+            wanted = measures.ServeBench(rows, length, new_tokens, rounds, seed, threads is not None)
             report = measures.measure_serving(frozen, wanted, on_round=on_round)
         else:
             asked = measures.GenerateBench(case or "mixed-32", new_tokens, rounds, seed=seed)
@@ -199,7 +202,7 @@ def _show_serving(report: Mapping[str, Any], console: Console) -> None:
         "one_prompt": "the same, all with one prompt",
         "no_prompt": "without prompts",
         "text": f"{report['prompt_length']} tokens of text instead of prompts",
-        "peer": report["peer"],
+        **{name: f"{report['peer']}, threads: {name[5:]}" for name in report["spread"] if name.startswith("peer_")},
     }
     for name, label in labels.items():
         seconds = report["spread"][name]["median"]
@@ -209,6 +212,7 @@ def _show_serving(report: Mapping[str, Any], console: Console) -> None:
         f"{report['ratio_peer']:.2f} x transformers' speed, {report['outputs_equal']:.0%} of the outputs are the same; "
         f"mixing prompts takes {report['mixing_ratio']:.2f} x the time of one prompt, text {report['text_ratio']:.2f} x"
     )
+    console.print(f"the engine computes with {report['threads_plan']}")
     console.print(f"{report['repeats']} rounds, {report['processor']}, commit {report['commit']}")
 
 

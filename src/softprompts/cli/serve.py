@@ -12,7 +12,7 @@ from softprompts.cli.processor import choose_threads, wait_passively
 from softprompts.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
-    from softprompts.inference import ServingLimits
+    from softprompts.inference import ServingLimits, ThreadPlan
     from softprompts.models import FrozenLM
     from softprompts.server.auth import KeyRing
     from softprompts.server.service import Service
@@ -21,6 +21,10 @@ __all__ = ["serve"]
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _MIB = 1 << 20
+_ThreadsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="That compute (default: as many as cores are free, fewer for passes that want fewer)."),
+]
 
 
 def serve(
@@ -44,9 +48,7 @@ def serve(
     ] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="That compute (default: as many as cores are free).")
-    ] = None,
+    threads: _ThreadsOption = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Outputs that are computed at once.")] = 64,
     max_waiting: Annotated[int, typer.Option(min=0, help="Outputs that may wait; then come 429s.")] = 1024,
     cache_mib: Annotated[int, typer.Option(min=1, help="Memory for keys and values of outputs that run.")] = 1024,
@@ -87,7 +89,22 @@ def serve(
         "drain_s": drain_s,
         "allow_loading": allow_loading,
     }
-    run(_service(frozen, prompts, limits, prompts_mib * _MIB, ring, settings), host, port)
+    plan = _plan(frozen, limits) if threads is None else None
+    run(_service(frozen, prompts, limits, prompts_mib * _MIB, ring, settings, plan), host, port)
+
+
+def _plan(frozen: FrozenLM, limits: ServingLimits) -> ThreadPlan:
+    """Measure which passes want how many threads, and say so."""
+    import logging
+    import time
+
+    from softprompts.inference import measure_threads
+
+    started = time.perf_counter()
+    plan = measure_threads(frozen, limits)
+    fields = {"plan": str(plan), "measured_s": round(time.perf_counter() - started, 2)}
+    logging.getLogger("softprompts.server").info("threads", extra={"fields": fields})
+    return plan
 
 
 def _service(
@@ -97,6 +114,7 @@ def _service(
     budget_bytes: int,
     keys: KeyRing | None,
     settings: dict[str, Any],
+    plan: ThreadPlan | None,
 ) -> Service:
     from softprompts.inference import EngineThread, PromptPool, ServingEngine
     from softprompts.server.folder import PromptFolder
@@ -108,7 +126,7 @@ def _service(
     library = None if prompts is None else PromptLibrary(prompts)
     folder = None if library is None else PromptFolder(library)
     pool = PromptPool(frozen, folder, budget_bytes=budget_bytes)
-    thread = EngineThread(ServingEngine(frozen, pool, limits))
+    thread = EngineThread(ServingEngine(frozen, pool, limits, threads=plan))
     return Service(thread, checked, library=library, keys=keys)
 
 

@@ -9,6 +9,7 @@ from softprompts.inference.requests import Event, Output, Request, SamplingOptio
 from softprompts.inference.sampling import Constraints, OnePath, banned_sequences, draw, warp
 from softprompts.inference.scheduler import ServingLimits
 from softprompts.inference.serving import EngineStats, ServingEngine
+from softprompts.inference.threads import ThreadPlan, measure_threads
 
 __all__ = [
     "BeamSearch",
@@ -27,10 +28,12 @@ __all__ = [
     "SamplingOptions",
     "ServingEngine",
     "ServingLimits",
+    "ThreadPlan",
     "TokenLogprobs",
     "banned_sequences",
     "collect",
     "draw",
+    "measure_threads",
     "score_choices",
     "warp",
 ]

@@ -15,6 +15,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+import torch
+
 from softprompts.errors import ConfigError, UnknownPromptError, nearest
 from softprompts.inference.folding import fold_for_serving, size_bytes
 from softprompts.models import FrozenLM
@@ -135,6 +137,7 @@ class PromptPool:
         self._lengths: dict[str, int] = {}
         self._queue: deque[_Entry] = deque()
         self._thread: threading.Thread | None = None
+        self._compute = torch.get_num_threads()
         self._closed = self._stuck = False
         self._bytes = self._loads = self._failures = self._evictions = 0
         self._seconds = 0.0
@@ -330,6 +333,7 @@ class PromptPool:
             self._thread.start()
 
     def _run(self) -> None:
+        torch.set_num_threads(self._compute)  # a new thread would take what an engine's pass has set just now
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or bool(self._queue))

@@ -19,6 +19,7 @@ from softprompts.inference.passes import forward_pass
 from softprompts.inference.pool import Lease, PromptPool
 from softprompts.inference.requests import Event, FinishReason, Output, Request, collect
 from softprompts.inference.scheduler import Scheduler, ServingLimits, too_long
+from softprompts.inference.threads import ThreadPlan, computing
 from softprompts.inference.track import Track
 from softprompts.models import FrozenLM
 from softprompts.models.seq2seq import check_room
@@ -50,10 +51,19 @@ class ServingEngine:
             those of an encoder-decoder, requests are answered in batches that begin together.
         pool: Its prompts; ``None``: requests get the bare model.
         limits: How much runs at once.
+        threads: Of the CPU, for passes of few tokens and of many, as :func:`measure_threads` finds them; ``None``: as
+            many as torch is set to.
     """
 
-    def __init__(self, frozen: FrozenLM, pool: PromptPool | None = None, limits: ServingLimits | None = None) -> None:
-        self.frozen, self.pool, self.limits = frozen, pool, limits or ServingLimits()
+    def __init__(
+        self,
+        frozen: FrozenLM,
+        pool: PromptPool | None = None,
+        limits: ServingLimits | None = None,
+        *,
+        threads: ThreadPlan | None = None,
+    ) -> None:
+        self.frozen, self.pool, self.limits, self.threads = frozen, pool, limits or ServingLimits(), threads
         self._forward = forward_pass(frozen, self.limits.cache_bytes)
         self._scheduler = Scheduler(
             self._forward.memory,
@@ -92,9 +102,10 @@ class ServingEngine:
         works = self._scheduler.schedule()
         events += [self._farewell(track) for track in self._leaving()]
         if works:
-            logits_RV, tracks = averaged_together(*self._forward(works))
+            with computing(self.threads, sum(work.tokens for work in works)):
+                logits_RV, tracks = averaged_together(*self._forward(works))
+                chosen = choose(logits_RV, tracks, self._end_ids) if tracks else []
             self._steps += 1
-            chosen = choose(logits_RV, tracks, self._end_ids) if tracks else []
             events += [self._tell(track, one) for track, one in zip(tracks, chosen, strict=True)]
         return events
 
