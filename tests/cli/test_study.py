@@ -72,6 +72,9 @@ def test_cells_are_what_train_and_evaluate_say(world: Path, tmp_path: Path):
         assert found["history"][-1]["loss"] == pytest.approx(alone["metrics"]["loss"], rel=1e-2)
         assert found["metrics"]["gained_early"] <= 1
         assert found["samples"][0]["references"] == ["moo"]
+        assert (tmp_path / "study" / found["train"]["saved"]).is_dir()  # written down as the study's own folder
+        assert not Path(found["train"]["saved"]).is_absolute()
+        assert not Path(found["train"]["output_dir"]).is_absolute()
 
 
 def test_killed_between_training_and_judging_nothing_is_trained_again(

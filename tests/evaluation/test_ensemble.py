@@ -197,12 +197,11 @@ def test_averaging_keeps_the_members_own_answers_where_they_are_wanted():
 
 
 def test_a_batch_holds_whole_records(monkeypatch):
-    frozen, seen = frozen_of("gpt2"), []
+    """Where batches are closed, a record's members read it side by side."""
+    frozen, seen, start = frozen_of("gpt2"), [], PromptedLM.start
     engine = Engine(PromptedLM(frozen, members_of(frozen)))
-    start = engine.prompted.start
-    monkeypatch.setattr(
-        engine.prompted, "start", lambda batch, *rest, **more: seen.append(batch) or start(batch, *rest, **more)
-    )
+    monkeypatch.setattr("softprompts.inference.engine._MOST_COPIED", 0)
+    monkeypatch.setattr(PromptedLM, "start", lambda self, b, *rest, **k: seen.append(b) or start(self, b, *rest, **k))
     predict_ensemble(engine, rows_of(frozen), DECODING, how="vote")
     assert [batch.prompt_of_row_B.tolist() for batch in seen] == [[0, 1, 2] * 2, [0, 1, 2] * 2, [0, 1, 2]]
 

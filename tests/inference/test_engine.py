@@ -11,13 +11,14 @@ from conftest import byte_tokenizer, tiny_model
 from softprompts.config import DecodingConfig
 from softprompts.errors import ConfigError, LengthError
 from softprompts.inference import Engine
-from softprompts.inference.sampling import OnePath
+from softprompts.inference.passes import SlotForward
 from softprompts.models import FrozenLM
 from softprompts.prompted import PromptedLM
 from softprompts.prompts import prompt_from_table
 from softprompts.types import Encoded, Example
 
 EOS = 256
+START, CALL = PromptedLM.start, SlotForward.__call__
 TEXTS = ["the cat", "A", "one two three four", "0123"]
 FEW = [[token] for token in range(260) if not 97 <= token < 103 and token != EOS]
 """Bans that leave six tokens and the end, so that the random models end a text now and then."""
@@ -167,10 +168,50 @@ def test_rows_are_batched_by_length_and_returned_in_order(pair, monkeypatch):
         prompted, "start", lambda b, s, **k: (shapes.append(tuple(b.ids_BT.shape)), plain(b, s, **k))[1]
     )
     texts = ["x" * n for n in (1, 30, 2, 29, 3, 28)]
-    config = DecodingConfig(max_new_tokens=3, batch_size=3)
-    Engine(prompted).generate(rows_of(frozen, texts), config, on_progress=ready.append)
+    rows, config = rows_of(frozen, texts), DecodingConfig(max_new_tokens=3, batch_size=3)
+    Engine(prompted).generate(rows, replace(config, strategy="beam", beams=2), on_progress=ready.append)
     assert shapes == [(3, 30), (3, 3)]
     assert sum(ready) == 6
+    monkeypatch.setattr("softprompts.inference.engine._MOST_COPIED", -1)
+    monkeypatch.setattr(
+        PromptedLM, "start", lambda self, b, s, **k: (shapes.append(tuple(b.ids_BT.shape)), START(self, b, s, **k))[1]
+    )
+    Engine(prompted).generate(rows, config, on_progress=ready.append)
+    assert shapes[2:] == [(3, 30), (3, 3)]
+    assert sum(ready) == 12
+
+
+@pytest.mark.parametrize("name", ["greedy", "greedy-min", "sample"])
+def test_closed_batches_give_what_slots_give(pair, monkeypatch, name):
+    """What does not run in slots, or would take too much memory there, is computed in batches that begin together."""
+    frozen, _ = pair
+    config = OPTIONS.get(name, SAMPLE)
+    engine = Engine(PromptedLM(frozen, word_prompts(frozen, "an answer: ")))
+    rows = [replace(row, prompt=index % 3 - 1) for index, row in enumerate(rows_of(frozen, TEXTS))]
+    passes = []
+    monkeypatch.setattr(SlotForward, "__call__", lambda self, works: (passes.append(len(works)), CALL(self, works))[1])
+    in_slots = engine.generate(rows, config, banned_ids=FEW, seed=3)
+    assert passes
+    passes.clear()
+    monkeypatch.setattr("softprompts.inference.engine._MOST_COPIED", 0)
+    in_batches = engine.generate(rows, replace(config, batch_size=2), banned_ids=FEW, seed=3)
+    assert not passes
+    assert [(one.ids, one.text, one.finished) for one in in_batches] == [
+        (one.ids, one.text, one.finished) for one in in_slots
+    ]
+    assert [one.logprob for one in in_batches] == pytest.approx([one.logprob for one in in_slots], rel=1e-4)
+
+
+def test_a_stop_string_ends_the_work(pair):
+    frozen, _ = pair
+    engine, rows, config = Engine(PromptedLM(frozen)), rows_of(frozen, TEXTS), DecodingConfig(max_new_tokens=12)
+    free = engine.generate(rows, config)
+    stop = free[0].text[4:6]
+    for one, whole in zip(engine.generate(rows, replace(config, stop=(stop,))), free, strict=True):
+        assert one.text == whole.text.split(stop)[0]
+        assert one.ids == whole.ids[: len(one.ids)]
+        assert one.finished == (stop in whole.text or whole.finished)
+        assert len(one.ids) <= len(one.text.encode()) + len(stop.encode())
 
 
 def test_a_target_is_cut_off(pair):
@@ -197,7 +238,7 @@ def test_what_cannot_run_is_refused_before_anything_runs(pair, monkeypatch):
     limit = frozen.geometry.max_positions
     short, long, longer = rows_of(frozen, ["x", "x" * (limit - 30), "x" * (limit - 29)], prompt=0)
     assert len(engine.generate([long], config)) == 1
-    monkeypatch.setattr(prompted, "start", lambda *_, **__: pytest.fail("something ran"))
+    monkeypatch.setattr(frozen.causal, "run", lambda *_, **__: pytest.fail("something ran"))
     with pytest.raises(LengthError, match=rf"row 1 needs {limit + 1} positions: prompt 10 .* the model has {limit}"):
         engine.generate([short, longer], config)
     with pytest.raises(LengthError, match="no input tokens"):
@@ -240,12 +281,3 @@ def test_folded_states_serve_several_calls(pair, monkeypatch, name):
     monkeypatch.setattr(prompted, "states", lambda: pytest.fail("the prompts were computed again"))
     for _ in range(2):
         assert engine.generate(rows, OPTIONS[name], states=states) == expected
-
-
-def test_a_ban_of_the_best_token_takes_the_next_best():
-    logits_RV = torch.tensor([[0.0, 3.0, 2.0], [5.0, 1.0, 4.0]])
-    forbidden_1V = torch.tensor([[False, True, False]])
-    step = OnePath([0, 1], DecodingConfig(max_new_tokens=3), eos_id=9).advance(logits_RV, forbidden_1V)
-    assert step.tokens_R.tolist() == [2, 0]
-    step = OnePath([0, 1], DecodingConfig(max_new_tokens=3), eos_id=9).advance(logits_RV, forbidden_1V[:, [0, 2, 0]])
-    assert step.tokens_R.tolist() == [1, 0]

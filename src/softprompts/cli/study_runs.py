@@ -74,7 +74,7 @@ class CellRunner:
             if not together:
                 _train_alone(recipe)
             found = json.loads((place / _TRAINED).read_text(encoding="utf-8"))
-            yield cell, self._judged(recipe, found) if found["saved"] else _diverged(found)
+            yield cell, self._judged(recipe, found) if found["saved"] else _diverged(self._facts(found))
 
     def _recipe(self, cell: Cell, place: Path) -> TrainRecipe:
         from softprompts.studies.catalog import recipe_of
@@ -123,12 +123,20 @@ class CellRunner:
         metrics["gained_early"] = _gained_early(history, trained["reference_loss"], recipe.training.max_steps)
         return {
             "metrics": metrics,
-            "train": {key: value for key, value in trained.items() if key != "metrics"},
+            "train": self._facts(trained),
             "records": records,
             "model": model,
             "samples": samples,
             "history": history,
         }
+
+    def _facts(self, trained: Mapping[str, Any]) -> dict[str, Any]:
+        """What training said; folders as the study sees them: where it lies on this machine is nobody's business."""
+        facts = {key: value for key, value in trained.items() if key != "metrics"}
+        for key in ("saved", "output_dir"):
+            if facts.get(key) is not None:
+                facts[key] = Path(facts[key]).relative_to(self._runs.parent).as_posix()
+        return facts
 
     def _ensemble(self, cell: Cell, folder: Path) -> Found:
         """Train the members in one pass and judge average, best and all together."""
@@ -229,9 +237,9 @@ def _started(place: Path) -> bool:
     return any(place.rglob("last.pt"))
 
 
-def _diverged(trained: Mapping[str, Any]) -> Found:
+def _diverged(trained: dict[str, Any]) -> Found:
     message = f"training left nothing to judge: {trained['reason']} after {trained['steps']} steps"
-    return {"error": {"type": "DivergedError", "message": message, "trace": ""}, "train": dict(trained)}
+    return {"error": {"type": "DivergedError", "message": message, "trace": ""}, "train": trained}
 
 
 def _values(report: EvaluationReport) -> dict[str, float]:

@@ -6,7 +6,7 @@ from softprompts.inference.engine_thread import EngineThread
 from softprompts.inference.pool import PoolStats, PromptPool, PromptSource
 from softprompts.inference.ranking import score_choices
 from softprompts.inference.requests import Event, Output, Request, SamplingOptions, TokenLogprobs, collect
-from softprompts.inference.sampling import Constraints, OnePath, banned_sequences, draw, warp
+from softprompts.inference.sampling import Constraints, banned_sequences, draw, warp
 from softprompts.inference.scheduler import ServingLimits
 from softprompts.inference.serving import EngineStats, ServingEngine
 from softprompts.inference.threads import ThreadPlan, measure_threads
@@ -19,7 +19,6 @@ __all__ = [
     "EngineThread",
     "Event",
     "Generation",
-    "OnePath",
     "Output",
     "PoolStats",
     "PromptPool",

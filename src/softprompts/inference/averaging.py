@@ -12,10 +12,9 @@ from torch import Tensor
 
 from softprompts.config import DecodingConfig
 from softprompts.errors import ConfigError
-from softprompts.inference.sampling import Search, Step
 from softprompts.inference.track import Track
 
-__all__ = ["Averaged", "averaged_together", "check_averaged", "mean_logprobs"]
+__all__ = ["averaged_together", "check_averaged", "mean_logprobs"]
 
 
 def mean_logprobs(logits_RV: Tensor, members: int) -> Tensor:
@@ -45,39 +44,6 @@ def check_averaged(decoding: DecodingConfig) -> None:
             f"a beam search ({decoding.beams} beams) cannot average next-token distributions; expected greedy or "
             "sample: set decoding.strategy=greedy, or let the members answer on their own and choose among the answers"
         )
-
-
-class Averaged:
-    """Lets N neighbouring rows of the forward pass, the members of a request, continue one common text.
-
-    The mean distribution stands where a single model's would: what is forbidden, temperature, top-k and top-p apply to
-    it, and the log-probability of an output is that under the mean.
-
-    Args:
-        search: What chooses the tokens of the requests; one row per request.
-        members: N.
-    """
-
-    width = 1
-    """A search's own rows per row of the forward pass; the members are in the batch from its start."""
-
-    def __init__(self, search: Search, members: int) -> None:
-        self._search, self._members = search, members
-
-    @property
-    def new_tokens(self) -> int:
-        """Tokens that every row has generated so far."""
-        return self._search.new_tokens
-
-    def advance(self, logits_RV: Tensor, forbidden_RV: Tensor | None) -> Step:
-        """Choose one token per request and give it to all of its rows; see :class:`Search`."""
-        # All members of a request have the same text behind them, so the same tokens are forbidden to all.
-        if forbidden_RV is not None and len(forbidden_RV) > 1:
-            forbidden_RV = forbidden_RV[:: self._members]
-        step = self._search.advance(mean_logprobs(logits_RV, self._members), forbidden_RV)
-        member_N = torch.arange(self._members, device=logits_RV.device)
-        parents_R = (step.parents_R[:, None] * self._members + member_N).flatten()
-        return Step(step.closed, parents_R, step.tokens_R.repeat_interleave(self._members))
 
 
 def averaged_together(logits_RV: Tensor, tracks: list[Track]) -> tuple[Tensor, list[Track]]:

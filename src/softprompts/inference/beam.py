@@ -6,17 +6,42 @@ Shape letters: B requests, k beams, C candidates (2k), V vocabulary, L ``max_new
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from softprompts.config import DecodingConfig
-from softprompts.inference.sampling import FORBIDDEN, Hypothesis, Step
+from softprompts.inference.sampling import FORBIDDEN
 
-__all__ = ["BeamSearch"]
+__all__ = ["BeamSearch", "Hypothesis", "Step"]
 
 _OUT = -1e9
 """Added to the score of what may not be chosen. Finite as in transformers, so that orders among such entries agree."""
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One finished output as token ids."""
+
+    ids: tuple[int, ...]
+    """Generated tokens, the end-of-sequence token left out."""
+    logprob: float
+    """Sum of the model's log-probabilities of these tokens and of the end token, if there is one."""
+    finished: bool
+    """Whether the model ended the text itself (``False``: it was cut at ``max_new_tokens``)."""
+
+
+class Step(NamedTuple):
+    """What a search decided: who is done, and what the others feed to the model next."""
+
+    closed: list[tuple[int, Hypothesis]]
+    """Requests that are done, each with its output."""
+    parents_R: Tensor
+    """For every row that goes on: the row of the previous forward pass that it continues."""
+    tokens_R: Tensor
+    """For every row that goes on: its next token."""
 
 
 class BeamSearch:
@@ -56,7 +81,12 @@ class BeamSearch:
         self._is_done_Bk = torch.zeros((rows, beams), dtype=torch.bool, device=device)
 
     def advance(self, logits_RV: Tensor, forbidden_RV: Tensor | None) -> Step:
-        """Extend, rank, finish; see :class:`~softprompts.inference.sampling.Search`."""
+        """Extend, rank, finish.
+
+        Args:
+            logits_RV: Of every beam's last token, in float32.
+            forbidden_RV: True where a token may not come; broadcasts to the logits.
+        """
         beams, rows = self.width, len(self._requests)
         logprobs_RV = logits_RV.log_softmax(dim=-1)
         if forbidden_RV is not None:

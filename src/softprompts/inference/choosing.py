@@ -31,15 +31,18 @@ class Chosen(NamedTuple):
     """Where they were asked for."""
 
 
-def choose(logits_RV: Tensor, tracks: Sequence[Track], end_ids: Collection[int]) -> list[Chosen]:
+def choose(
+    logits_RV: Tensor, tracks: Sequence[Track], end_ids: Collection[int], *, looks_back: bool = True
+) -> list[Chosen]:
     """Choose the next token of every row.
 
     Args:
         logits_RV: Float32, of the last token of every row.
         tracks: The rows' options and what they have generated.
         end_ids: The model's own ends of text.
+        looks_back: Whether a banned sequence may begin in the input; a decoder of its own begins a new text.
     """
-    scores_RV = _allowed(logits_RV, tracks, end_ids)
+    scores_RV = _allowed(logits_RV, tracks, end_ids, looks_back)
     best_R, tokens_R = scores_RV.max(dim=-1)
     finite = best_R.isfinite().tolist()  # one value that is no number, or is infinite, shows in the largest
     tokens = tokens_R.tolist()
@@ -56,16 +59,17 @@ def choose(logits_RV: Tensor, tracks: Sequence[Track], end_ids: Collection[int])
     return [Chosen(tokens[row], finite[row], found.get(row)) for row in range(len(tracks))]
 
 
-def _allowed(logits_RV: Tensor, tracks: Sequence[Track], end_ids: Collection[int]) -> Tensor:
+def _allowed(logits_RV: Tensor, tracks: Sequence[Track], end_ids: Collection[int], looks_back: bool) -> Tensor:
     """Logits with what rows add to them, minus infinity where a token may not come."""
     rows: list[int] = []
     columns: list[int] = []
     added: list[float] = []
     for row, track in enumerate(tracks):
         forbidden = {*end_ids, *track.options.stop_ids} if track.early else set()
+        begin = 0 if looks_back else len(track.request.ids)
         for sequence in track.options.banned_ids:
             before = len(sequence) - 1
-            struck = not before or tuple(track.tokens[-before:]) == sequence[:-1]
+            struck = not before or tuple(track.tokens[max(begin, len(track.tokens) - before) :]) == sequence[:-1]
             if struck and not (before == 0 and sequence[0] in end_ids):  # the end alone cannot be banned
                 forbidden.add(sequence[-1])
         bias = {token: value for token, value in track.options.logit_bias.items() if token not in forbidden}

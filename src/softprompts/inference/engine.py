@@ -1,28 +1,28 @@
-"""The one generation path: text in, text out, every row with a prompt of its own.
+"""Whole inputs in, whole outputs out: evaluation, validation and the command line come through here.
 
-Schedule -> forward -> sample -> postprocess. Evaluation, validation and the command line all come through here.
+Greedy decoding and sampling are done by the engine that serves (:mod:`softprompts.inference.serving`), so a served
+answer is an evaluated one. A beam search is a loop of its own, over batches that begin together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
 
 from softprompts.config import DecodingConfig
 from softprompts.errors import ConfigError, DataError, LengthError
-from softprompts.inference.averaging import Averaged, check_averaged
-from softprompts.inference.beam import BeamSearch
-from softprompts.inference.sampling import (
-    Constraints,
-    Hypothesis,
-    OnePath,
-    Search,
-    banned_sequences,
-    check_decoding,
-)
+from softprompts.inference.averaging import check_averaged
+from softprompts.inference.beam import BeamSearch, Hypothesis
+from softprompts.inference.folding import FoldedPrompts, size_bytes
+from softprompts.inference.passes import ForwardPass, StaticForward, forward_pass
+from softprompts.inference.requests import Request, SamplingOptions
+from softprompts.inference.sampling import Constraints, banned_sequences, check_banned, check_decoding
+from softprompts.inference.scheduler import ServingLimits
+from softprompts.inference.serving import ServingEngine
 from softprompts.inference.text_stream import first_stop
 from softprompts.models.seq2seq import check_room
 from softprompts.prompted import PromptedLM
@@ -32,6 +32,11 @@ from softprompts.types import Encoded, PromptStates
 
 __all__ = ["Engine", "Generation"]
 
+_TOKENS_PER_PASS = 512
+"""Inputs are read in pieces of so many tokens together."""
+_MOST_COPIED = 1 << 30
+"""Bytes of prompts, one copy per row. Where it is more, rows that share a prompt attend to one copy of it."""
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -40,7 +45,8 @@ class Generation:
     ids: tuple[int, ...]
     """Generated tokens, the end-of-sequence token left out."""
     text: str
-    """The decoded tokens up to the first of ``decoding.stop``, special tokens left out, spaces kept as generated."""
+    """The decoded tokens up to the first of ``decoding.stop``, special tokens left out, spaces kept as generated.
+    Before ``decoding.min_new_tokens`` only a beam search looks for stop strings."""
     logprob: float
     """Sum of the model's log-probabilities of the tokens (and of the end token), before temperature and bans."""
     finished: bool
@@ -104,35 +110,93 @@ class Engine:
             LengthError: A row is empty, or too long with its prompt and ``max_new_tokens``. Nothing has run then.
         """
         self.check(rows, decoding, averaged=averaged)
-        banned = [*banned_sequences(decoding.banned, self.frozen.tokenize), *map(tuple, banned_ids)]
+        banned = (*banned_sequences(decoding.banned, self.frozen.tokenize), *map(tuple, banned_ids))
+        check_banned(banned, eos_id=self.frozen.eos_id, vocab_size=self.frozen.geometry.vocab_size)
         states = self.fold() if states is None else states
+        if decoding.strategy == "beam" and decoding.beams > 1:
+            return self._beams(rows, decoding, states, banned, on_progress)
+        requests = self._requests(rows, decoding, banned, averaged, seed=seed)
+        prompts = FoldedPrompts(states, in_front=self.frozen.pair is None)
+        most = max(decoding.batch_size, len(averaged))
+        waiting = len(rows) * max(1, len(averaged))
+        limits = ServingLimits(most, max(_TOKENS_PER_PASS, most), cache_bytes=1 << 60, max_waiting=waiting)
+        engine = ServingEngine(self.frozen, prompts, limits, forward=self._forward(requests, states, most))
+        told = None if on_progress is None else partial(on_progress, 1)
+        generations: dict[str, Generation] = {}
+        for request, (output,) in zip(requests, engine.generate(requests, on_output=told), strict=True):
+            logprob = sum(token.logprob for token in output.logprobs)
+            generations[request.id] = Generation(output.ids, output.text, logprob, output.finish_reason == "stop")
+        return [generations[str(index)] for index in range(len(rows))]
+
+    def _requests(
+        self,
+        rows: Sequence[Encoded],
+        decoding: DecodingConfig,
+        banned: tuple[tuple[int, ...], ...],
+        averaged: Sequence[int],
+        *,
+        seed: int,
+    ) -> list[Request]:
+        """What the rows ask of the serving engine, longest first, so that too little memory shows at once."""
+        drawn = decoding.strategy == "sample"
+        options = SamplingOptions(
+            max_tokens=decoding.max_new_tokens,
+            min_tokens=decoding.min_new_tokens,
+            temperature=decoding.temperature if drawn else 0.0,
+            top_k=decoding.top_k if drawn else 0,
+            top_p=decoding.top_p if drawn else 1.0,
+            seed=seed,
+            stop=decoding.stop,
+            logprobs=0,
+            banned_ids=banned,
+        )
+        members = tuple(map(str, averaged))
+        requests = []
+        for index in _longest_first(rows):
+            row = _without_target(rows[index])
+            prompt = str(row.prompt) if row.prompt >= 0 and not members else None
+            requests.append(Request(str(index), row.ids, prompt, options, members, first=index, infix_at=row.infix_at))
+        return requests
+
+    def _forward(self, requests: Sequence[Request], states: Sequence[PromptStates], rows: int) -> ForwardPass:
+        """Slots, but for what they cannot hold, and for copies of prompts that would take too much memory."""
+        used = [states[int(name)] for name in {name for one in requests for name in one.prompts if name is not None}]
+        copies = rows * max(map(size_bytes, used), default=0)
+        if copies > _MOST_COPIED or any(one.infix or one.embeddings_PD is not None for one in used):
+            return StaticForward(self.frozen)
+        return forward_pass(self.frozen, 1 << 60)
+
+    def _beams(
+        self,
+        rows: Sequence[Encoded],
+        decoding: DecodingConfig,
+        states: Sequence[PromptStates],
+        banned: Sequence[Sequence[int]],
+        on_progress: Callable[[int], None] | None,
+    ) -> list[Generation]:
         generations: dict[int, Generation] = {}
-        for batch in _schedule(rows, max(1, decoding.batch_size // max(1, len(averaged)))):
-            for index, hypothesis in self._run(rows, batch, decoding, states, averaged, seed=seed, banned=banned):
+        order = _longest_first(rows)
+        for start in range(0, len(order), decoding.batch_size):
+            batch = order[start : start + decoding.batch_size]
+            for index, hypothesis in self._search(rows, batch, decoding, states, banned):
                 generations[index] = self._finish(hypothesis, decoding.stop)
                 if on_progress is not None:
                     on_progress(1)
         return [generations[index] for index in range(len(rows))]
 
-    def _run(
+    def _search(
         self,
         rows: Sequence[Encoded],
         requests: list[int],
         decoding: DecodingConfig,
         states: Sequence[PromptStates],
-        averaged: Sequence[int],
-        *,
-        seed: int,
         banned: Sequence[Sequence[int]],
     ) -> Iterator[tuple[int, Hypothesis]]:
-        """Decode one batch, yielding every request as soon as it is done; the batch shrinks as they leave."""
+        """Search one batch, yielding every request as soon as it is done; the batch shrinks as they leave."""
         inputs = [_without_target(rows[request]) for request in requests]
-        if averaged:
-            inputs = [replace(row, prompt=prompt) for row in inputs for prompt in averaged]
         batch = collate(inputs, pad_id=self.frozen.pad_id, padding_side="left", with_labels=False)
         device = self.frozen.device
-        search = self._search(requests, decoding, seed, device)
-        search = Averaged(search, len(averaged)) if averaged else search
+        search = BeamSearch(requests, decoding, eos_id=self.frozen.eos_id, device=device)
         logits_RV, state = self.prompted.start(batch.to(device), states, width=search.width)
         constraints = Constraints(
             # bans look back over the text that is continued; a decoder of its own begins a new one
@@ -143,11 +207,10 @@ class Engine:
             vocab_size=logits_RV.shape[-1],
             device=device,
         )
-        if search.width > 1:
-            rows_R = torch.arange(len(requests), device=device).repeat_interleave(search.width)
-            logits_RV = logits_RV[rows_R]
-            state.select(rows_R)
-            constraints.follow(rows_R)
+        rows_R = torch.arange(len(requests), device=device).repeat_interleave(search.width)
+        logits_RV = logits_RV[rows_R]
+        state.select(rows_R)
+        constraints.follow(rows_R)
         while True:
             step = search.advance(logits_RV, constraints.forbidden(search.new_tokens))
             yield from step.closed
@@ -155,15 +218,10 @@ class Engine:
                 return
             if step.closed:
                 state.select(step.parents_R)
-            elif search.width > 1:
+            else:
                 state.fork(step.parents_R)
             constraints.follow(step.parents_R, step.tokens_R)
             logits_RV = self.prompted.step(step.tokens_R, state)
-
-    def _search(self, requests: list[int], decoding: DecodingConfig, seed: int, device: torch.device) -> Search:
-        if decoding.strategy == "beam" and decoding.beams > 1:
-            return BeamSearch(requests, decoding, eos_id=self.frozen.eos_id, device=device)
-        return OnePath(requests, decoding, eos_id=self.frozen.eos_id, seed=seed)
 
     def _finish(self, hypothesis: Hypothesis, stop: Sequence[str]) -> Generation:
         text = self.frozen.tokenizer.decode(
@@ -219,10 +277,9 @@ def _check_place(row: Encoded, prompt: SoftPrompt, name: str) -> None:
         )
 
 
-def _schedule(rows: Sequence[Encoded], batch_size: int) -> list[list[int]]:
-    """Group row indices by length, so that little is padded; longest first, so that too little memory shows at once."""
-    order = sorted(range(len(rows)), key=lambda index: (-rows[index].target_start, index))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def _longest_first(rows: Sequence[Encoded]) -> list[int]:
+    """Row indices by length, so that batches are padded little."""
+    return sorted(range(len(rows)), key=lambda index: (-rows[index].target_start, index))
 
 
 def _without_target(row: Encoded) -> Encoded:

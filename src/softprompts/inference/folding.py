@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from softprompts.errors import UnsupportedModelError
+from softprompts.errors import UnknownPromptError, UnsupportedModelError
 from softprompts.models import FrozenLM
 from softprompts.prompted import PromptedLM
 from softprompts.prompts import SoftPrompt
 from softprompts.types import PromptStates
 
-__all__ = ["fold_for_serving", "size_bytes"]
+__all__ = ["FoldedPrompt", "FoldedPrompts", "fold_for_serving", "size_bytes"]
 
 
 @torch.no_grad()
@@ -44,3 +46,48 @@ def size_bytes(states: PromptStates) -> int:
     tensors = [tensor for pair in states.keys_values.values() for tensor in pair]
     tensors += [] if states.embeddings_PD is None else [states.embeddings_PD]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class FoldedPrompts:
+    """Prompts that are in memory and stay there, by their numbers: ``"0"``, ``"1"``, ...
+
+    Args:
+        states: What each of them comes down to.
+        in_front: Whether prefixes take positions of the text, as in a decoder; embeddings always do.
+    """
+
+    def __init__(self, states: Sequence[PromptStates], *, in_front: bool = True) -> None:
+        self.on_change: Callable[[], None] | None = None
+        self._states, self._in_front = states, in_front
+
+    def length(self, name: str) -> int:
+        """Positions that a prompt takes.
+
+        Raises:
+            UnknownPromptError: There is no such prompt.
+        """
+        states = self.lease(name).states
+        return states.length if self._in_front or states.embeddings_PD is not None else 0
+
+    def lease(self, name: str) -> FoldedPrompt:
+        """Look a prompt up; raises UnknownPromptError."""
+        if not name.isdecimal() or int(name) >= len(self._states):
+            raise UnknownPromptError(f"there is no prompt '{name}': there are {len(self._states)}, by their numbers")
+        return FoldedPrompt(self._states[int(name)])
+
+    def wait_for_change(self, timeout_s: float) -> None:
+        """Nothing changes."""
+        time.sleep(timeout_s)
+
+
+@dataclass(frozen=True)
+class FoldedPrompt:
+    """A prompt that is there; the lease of :class:`FoldedPrompts`."""
+
+    states: PromptStates
+    ready = True
+    waits_for_room = False
+    error = None
+
+    def release(self) -> None:
+        """Nothing is to be freed."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from softprompts.inference.scheduler import RowMemory, Work
 from softprompts.inference.track import Track
 from softprompts.models import DecodeState, FrozenLM
+from softprompts.models.causal import CausalModel
 from softprompts.models.causal_check import runs_in_slots
 from softprompts.models.seq2seq import Seq2SeqState
 from softprompts.models.slot_pass import SlotPass, Span
@@ -59,11 +61,16 @@ def forward_pass(frozen: FrozenLM, cache_bytes: int) -> ForwardPass:
         frozen: The model.
         cache_bytes: Most memory for slots.
     """
-    frozen.freeze()
     causal = frozen.causal
-    if causal is not None and runs_in_slots(causal, min(frozen.geometry.vocab_size, len(frozen.tokenizer))):
-        return SlotForward(frozen, cache_bytes)
-    return StaticForward(frozen)
+    if causal is None:
+        return StaticForward(frozen)
+    if causal not in _in_slots:
+        _in_slots[causal] = runs_in_slots(causal, min(frozen.geometry.vocab_size, len(frozen.tokenizer)))
+    return SlotForward(frozen, cache_bytes) if _in_slots[causal] else StaticForward(frozen)
+
+
+_in_slots: WeakKeyDictionary[CausalModel, bool] = WeakKeyDictionary()
+"""Models that were tried, and what came out: validation asks again and again."""
 
 
 class SlotForward:
@@ -170,7 +177,7 @@ class StaticForward:
                 if number == len(states):
                     states.append(track.lease.states)
             ids = tuple(track.tokens)
-            rows.append(Encoded(ids, len(ids), Example("", ""), number))
+            rows.append(Encoded(ids, len(ids), Example("", ""), number, infix_at=track.request.infix_at))
         batch = collate(rows, pad_id=self._frozen.pad_id, padding_side="left", with_labels=False)
         self._rows = tracks
         logits_RV, self._state = self._prompted.start(batch.to(self._frozen.device), states)

@@ -87,6 +87,10 @@ class Request:
     averaged: tuple[str, ...] = ()
     """Names of prompts that write one output together, in place of ``prompt``: every token is chosen from the mean of
     their next-token distributions, and log-probabilities are those of the mean."""
+    first: int = 0
+    """Output i draws from sequence ``first + i`` of the seed's random numbers."""
+    infix_at: int | None = None
+    """Index of the first token behind the input, for prompts that stand there; a model runs these in closed batches."""
 
     @property
     def prompts(self) -> tuple[str | None, ...]:

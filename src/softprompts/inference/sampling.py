@@ -7,10 +7,7 @@ beams), V vocabulary, N tokens that a banned sequence looks back. Temperature, t
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,11 +18,8 @@ from softprompts.errors import ConfigError
 __all__ = [
     "FORBIDDEN",
     "Constraints",
-    "Hypothesis",
-    "OnePath",
-    "Search",
-    "Step",
     "banned_sequences",
+    "check_banned",
     "check_decoding",
     "draw",
     "warp",
@@ -39,47 +33,6 @@ _COLD = 1e-4
 the best is made 0 beforehand, which changes no probability."""
 _COLDEST = 1e-30
 """Less than this may be 0 in float32."""
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """One finished output as token ids."""
-
-    ids: tuple[int, ...]
-    """Generated tokens, the end-of-sequence token left out."""
-    logprob: float
-    """Sum of the model's log-probabilities of these tokens and of the end token, if there is one."""
-    finished: bool
-    """Whether the model ended the text itself (``False``: it was cut at ``max_new_tokens``)."""
-
-
-class Step(NamedTuple):
-    """What a search decided: who is done, and what the others feed to the model next."""
-
-    closed: list[tuple[int, Hypothesis]]
-    """Requests that are done, each with its output."""
-    parents_R: Tensor
-    """For every row that goes on: the row of the previous forward pass that it continues."""
-    tokens_R: Tensor
-    """For every row that goes on: its next token."""
-
-
-class Search(Protocol):
-    """A decoding strategy over one batch of requests. Closed requests leave the batch by themselves."""
-
-    @property
-    def width(self) -> int:
-        """Rows per request."""
-        ...
-
-    @property
-    def new_tokens(self) -> int:
-        """Tokens that every row has generated so far."""
-        ...
-
-    def advance(self, logits_RV: Tensor, forbidden_RV: Tensor | None) -> Step:
-        """Choose the next tokens from fp32 logits; ``forbidden_RV`` is true where a token may not come."""
-        ...
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -98,7 +51,12 @@ def check_decoding(decoding: DecodingConfig) -> None:
         ("min_new_tokens", decoding.min_new_tokens, decoding.min_new_tokens >= 0, "at least 0"),
         ("beams", decoding.beams, decoding.beams >= 1, "at least 1"),
         ("batch_size", decoding.batch_size, decoding.batch_size >= 1, "at least 1"),
-        ("temperature", decoding.temperature, decoding.temperature > 0, "above 0 (for no randomness: strategy greedy)"),
+        (
+            "temperature",
+            decoding.temperature,
+            0 < decoding.temperature <= 100,
+            "above 0 (for no randomness: strategy greedy) and at most 100",
+        ),
         ("top_k", decoding.top_k, decoding.top_k >= 0, "at least 0 (0 keeps all tokens)"),
         ("top_p", decoding.top_p, 0 < decoding.top_p <= 1, "in (0, 1] (1 keeps all tokens)"),
     )
@@ -144,6 +102,29 @@ def banned_sequences(strings: Sequence[str], tokenize: Callable[[str], list[int]
     return tuple(found)
 
 
+def check_banned(banned: Sequence[Sequence[int]], *, eos_id: int, vocab_size: int) -> None:
+    """Refuse bans of what is no token, and of everything.
+
+    Args:
+        banned: Id sequences.
+        eos_id: The end-of-sequence token.
+        vocab_size: V.
+
+    Raises:
+        ConfigError: A banned id is outside the vocabulary, or nothing would be left to generate.
+    """
+    outside = [token for sequence in banned for token in sequence if not 0 <= token < vocab_size]
+    if outside:
+        raise ConfigError(f"banned token id {outside[0]} is outside the vocabulary of {vocab_size} tokens")
+    if len(_singles(banned) | {eos_id}) >= vocab_size:
+        raise ConfigError("every token of the vocabulary is banned; shorten decoding.banned")
+
+
+def _singles(banned: Sequence[Sequence[int]]) -> set[int]:
+    """Tokens that are banned wherever they might come."""
+    return {sequence[0] for sequence in banned if len(sequence) == 1}
+
+
 class Constraints:
     """Banned tokens, banned sequences and no end before ``min_new_tokens``, for one batch of rows.
 
@@ -157,9 +138,6 @@ class Constraints:
         min_new_tokens: The end is forbidden until so many tokens have come.
         vocab_size: V of the logits.
         device: Where the logits are.
-
-    Raises:
-        ConfigError: A banned id is outside the vocabulary, or nothing would be left to generate.
     """
 
     def __init__(
@@ -172,12 +150,7 @@ class Constraints:
         vocab_size: int,
         device: torch.device,
     ) -> None:
-        outside = [token for sequence in banned for token in sequence if not 0 <= token < vocab_size]
-        if outside:
-            raise ConfigError(f"banned token id {outside[0]} is outside the vocabulary of {vocab_size} tokens")
-        singles = sorted({sequence[0] for sequence in banned if len(sequence) == 1} - {eos_id})
-        if len(set(singles) | {eos_id}) >= vocab_size:
-            raise ConfigError("every token of the vocabulary is banned; shorten decoding.banned")
+        singles = sorted(_singles(banned) - {eos_id})
         self._eos_id, self._min_new_tokens = eos_id, min_new_tokens
         self._single_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         self._single_V[singles] = True
@@ -263,63 +236,3 @@ def draw(logits_RV: Tensor, uniforms_R: Sequence[float]) -> Tensor:
     # total. A token of probability 0 is never the first one above the number, so forbidden tokens cannot be drawn.
     aim_R1 = uniform_R1.clamp(max=1 - 2**-52) * heights_RV[:, -1:]
     return torch.searchsorted(heights_RV, aim_R1, right=True)[:, 0]
-
-
-def _best_allowed(logits_RV: Tensor, forbidden_RV: Tensor | None) -> Tensor:
-    """The best token of each row that may come; bans that strike no best token cost no pass over the vocabulary."""
-    best_R = logits_RV.argmax(dim=-1)
-    if forbidden_RV is None:
-        return best_R
-    struck_R1 = forbidden_RV.expand(len(best_R), -1).gather(1, best_R[:, None])
-    if not bool(struck_R1.any()):
-        return best_R
-    return logits_RV.masked_fill(forbidden_RV, FORBIDDEN).argmax(dim=-1)
-
-
-class OnePath:
-    """Greedy decoding and sampling: one row per request, each drawing from a generator of its own.
-
-    Args:
-        requests: Names of the rows, in order; given back when a request is closed. With ``seed`` they also seed the
-            generators, so that an output does not depend on what else is in the batch.
-        decoding: The options; ``strategy`` ``"sample"`` draws, everything else takes the best token.
-        eos_id: The end-of-sequence token.
-        seed: Base of all generators.
-    """
-
-    width = 1
-
-    def __init__(self, requests: Sequence[int], decoding: DecodingConfig, *, eos_id: int, seed: int = 0) -> None:
-        self.new_tokens = 0
-        self._requests = list(requests)
-        self._decoding, self._eos_id = decoding, eos_id
-        self._ids: dict[int, list[int]] = {request: [] for request in requests}
-        self._logprob = dict.fromkeys(requests, 0.0)
-        # A string seeds Python's generator through SHA-512: well mixed for neighbouring numbers, equal everywhere.
-        self._random = {request: random.Random(f"{seed}/{request}") for request in requests}
-
-    def advance(self, logits_RV: Tensor, forbidden_RV: Tensor | None) -> Step:
-        """Choose one token per request; see :class:`Search`."""
-        if self._decoding.strategy == "sample":
-            scores_RV = logits_RV if forbidden_RV is None else logits_RV.masked_fill(forbidden_RV, FORBIDDEN)
-            uniforms = [self._random[request].random() for request in self._requests]
-            tokens_R = draw(warp(scores_RV, self._decoding), uniforms)
-        else:
-            tokens_R = _best_allowed(logits_RV, forbidden_RV)
-        logprobs_R = logits_RV.log_softmax(dim=-1).gather(1, tokens_R[:, None])[:, 0]
-        self.new_tokens += 1
-        cut = self.new_tokens == self._decoding.max_new_tokens
-        closed, staying = [], []
-        for row, (token, logprob) in enumerate(zip(tokens_R.tolist(), logprobs_R.tolist(), strict=True)):
-            request = self._requests[row]
-            self._logprob[request] += logprob
-            ended = token == self._eos_id
-            if not ended:
-                self._ids[request].append(token)
-            if ended or cut:
-                closed.append((request, Hypothesis(tuple(self._ids[request]), self._logprob[request], ended)))
-            else:
-                staying.append(row)
-        self._requests = [self._requests[row] for row in staying]
-        parents_R = torch.tensor(staying, dtype=torch.long, device=logits_RV.device)
-        return Step(closed, parents_R, tokens_R[parents_R])

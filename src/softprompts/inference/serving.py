@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +15,11 @@ import torch
 from softprompts.errors import ConfigError, LengthError, QueueFullError, UnknownPromptError
 from softprompts.inference.averaging import averaged_together
 from softprompts.inference.choosing import Chosen, choose
-from softprompts.inference.passes import forward_pass
-from softprompts.inference.pool import Lease, PromptPool
+from softprompts.inference.passes import ForwardPass, forward_pass
 from softprompts.inference.requests import Event, FinishReason, Output, Request, collect
 from softprompts.inference.scheduler import Scheduler, ServingLimits, too_long
 from softprompts.inference.threads import ThreadPlan, computing
-from softprompts.inference.track import Track
+from softprompts.inference.track import LeasedPrompt, Prompts, Track
 from softprompts.models import FrozenLM
 from softprompts.models.seq2seq import check_room
 
@@ -51,6 +50,7 @@ class ServingEngine:
             those of an encoder-decoder, requests are answered in batches that begin together.
         pool: Its prompts; ``None``: requests get the bare model.
         limits: How much runs at once.
+        forward: How a pass is computed; ``None``: in slots where the model can, and in closed batches otherwise.
         threads: Of the CPU, for passes of few tokens and of many, as :func:`measure_threads` finds them; ``None``: as
             many as torch is set to.
     """
@@ -58,13 +58,17 @@ class ServingEngine:
     def __init__(
         self,
         frozen: FrozenLM,
-        pool: PromptPool | None = None,
+        pool: Prompts | None = None,
         limits: ServingLimits | None = None,
         *,
+        forward: ForwardPass | None = None,
         threads: ThreadPlan | None = None,
     ) -> None:
         self.frozen, self.pool, self.limits, self.threads = frozen, pool, limits or ServingLimits(), threads
-        self._forward = forward_pass(frozen, self.limits.cache_bytes)
+        if forward is None:
+            frozen.freeze()
+            forward = forward_pass(frozen, self.limits.cache_bytes)
+        self._forward = forward
         self._scheduler = Scheduler(
             self._forward.memory,
             self.limits,
@@ -104,7 +108,8 @@ class ServingEngine:
         if works:
             with computing(self.threads, sum(work.tokens for work in works)):
                 logits_RV, tracks = averaged_together(*self._forward(works))
-                chosen = choose(logits_RV, tracks, self._end_ids) if tracks else []
+                looks_back = self.frozen.pair is None  # a decoder of its own begins a new text
+                chosen = choose(logits_RV, tracks, self._end_ids, looks_back=looks_back) if tracks else []
             self._steps += 1
             events += [self._tell(track, one) for track, one in zip(tracks, chosen, strict=True)]
         return events
@@ -235,8 +240,14 @@ class ServingEngine:
             track.cancelled = True
         return request_id in self._tracks
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Output]]:
+    def generate(
+        self, requests: Sequence[Request], *, on_output: Callable[[], object] | None = None
+    ) -> list[list[Output]]:
         """Answer requests and return all outputs of each, in order; nothing else may be running.
+
+        Args:
+            requests: Each with an id of its own.
+            on_output: Called whenever an output is whole.
 
         Raises:
             SoftPromptsError: A request is refused (nothing has run then), or a prompt cannot be loaded.
@@ -256,6 +267,8 @@ class ServingEngine:
                     self.step()
                     raise event.error
                 events.setdefault((event.request_id, event.index), []).append(event)
+                if on_output is not None and event.finish_reason is not None:
+                    on_output()
             if not new and not self._scheduler.running and self.pool is not None:
                 self.pool.wait_for_change(0.02)
         return [[collect(events[request.id, index]) for index in range(request.options.n)] for request in requests]
@@ -299,6 +312,6 @@ class ServingEngine:
             raise UnknownPromptError(f"there is no prompt '{name[:200]}': this engine was given none")
         return self.pool.length(name)
 
-    def _lease(self, name: str) -> Lease:
+    def _lease(self, name: str) -> LeasedPrompt:
         assert self.pool is not None
         return self.pool.lease(name)

@@ -6,6 +6,7 @@ An output has one row; where several prompts write it together, it has one row f
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from softprompts.inference.requests import Request
 from softprompts.inference.text_stream import TextStream
 from softprompts.types import PromptStates
 
-__all__ = ["LeasedPrompt", "Track"]
+__all__ = ["LeasedPrompt", "Prompts", "Track"]
 
 
 class LeasedPrompt(Protocol):
@@ -47,6 +48,25 @@ class LeasedPrompt(Protocol):
         ...
 
 
+class Prompts(Protocol):
+    """Prompts by name; :class:`softprompts.inference.pool.PromptPool` reads them from files."""
+
+    on_change: Callable[[], None] | None
+    """Called when a prompt became ready or could not be loaded."""
+
+    def length(self, name: str) -> int:
+        """P; raises UnknownPromptError."""
+        ...
+
+    def lease(self, name: str) -> LeasedPrompt:
+        """Ask for a prompt; raises UnknownPromptError."""
+        ...
+
+    def wait_for_change(self, timeout_s: float) -> None:
+        """Sleep until a prompt became ready, or the time is over."""
+        ...
+
+
 class Track:
     """One row of one output of a request. Owned by the scheduler.
 
@@ -56,7 +76,7 @@ class Track:
         index: Number of the output, below ``n``.
         prompt: Name of the row's prompt; ``None`` for none.
         leader: The first row of the same output, if there is one; the output is the leader's.
-        seed: Of its draws; those of output i of a seed are those of row i of :meth:`Engine.generate` with this seed.
+        seed: Of its draws, together with the number of the output.
         tokenizer: Decodes its tokens.
     """
 
@@ -87,7 +107,7 @@ class Track:
         self.computed = 0
         """Positions whose keys and values are there, the prompt's included; 0 while it waits."""
         self.text = TextStream(tokenizer, self.options.stop)
-        self.random = random.Random(f"{seed}/{index}")
+        self.random = random.Random(f"{seed}/{request.first + index}")
         self.cancelled = False
         self.failure: Exception | None = None
 

@@ -57,7 +57,7 @@ def load_pretrained(
         reason = str(error).strip().splitlines()[0]
         raise DataNotFoundError(
             f"model '{name_or_path}' cannot be loaded: {reason}; give a directory that holds a transformers model, "
-            "a hub name, or 'bundled'"
+            "a hub name, or 'bundled' (in Python: softprompts.pretraining.bundled_lm_path())"
         ) from error
     except ValueError as error:
         raise UnsupportedModelError(f"'{name_or_path}' is no language model that can be loaded: {error}") from error

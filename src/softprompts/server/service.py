@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from softprompts.inference import EngineThread, Request, SamplingOptions
+from softprompts.inference import EngineThread, PromptPool, Request, SamplingOptions
 from softprompts.models import FrozenLM
 from softprompts.server.answers import Answer
 from softprompts.server.auth import ApiKey, KeyRing
@@ -49,7 +49,7 @@ class Service:
         keys: KeyRing | None = None,
     ) -> None:
         pool = thread.engine.pool
-        assert pool is not None, "a server's engine has a pool of prompts"
+        assert isinstance(pool, PromptPool), "a server's engine has a pool of prompts"
         self.thread, self.settings, self.keys, self.pool = thread, settings, keys, pool
         probe = Request("probe", (), None)
         self.max_length = thread.engine.room(probe)
