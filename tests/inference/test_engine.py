@@ -188,18 +188,21 @@ def test_closed_batches_give_what_slots_give(pair, monkeypatch, name):
     config = OPTIONS.get(name, SAMPLE)
     engine = Engine(PromptedLM(frozen, word_prompts(frozen, "an answer: ")))
     rows = [replace(row, prompt=index % 3 - 1) for index, row in enumerate(rows_of(frozen, TEXTS))]
-    passes = []
+    config, passes = replace(config, batch_size=2), []
     monkeypatch.setattr(SlotForward, "__call__", lambda self, works: (passes.append(len(works)), CALL(self, works))[1])
     in_slots = engine.generate(rows, config, banned_ids=FEW, seed=3)
     assert passes
     passes.clear()
     monkeypatch.setattr("softprompts.inference.engine._MOST_COPIED", 0)
-    in_batches = engine.generate(rows, replace(config, batch_size=2), banned_ids=FEW, seed=3)
+    in_batches = engine.generate(rows, config, banned_ids=FEW, seed=3)
+    monkeypatch.setattr("softprompts.inference.engine._MOST_COPIED", 1 << 30)
+    in_one_batch = engine.generate(rows, replace(config, batch_size=len(rows)), banned_ids=FEW, seed=3)
     assert not passes
-    assert [(one.ids, one.text, one.finished) for one in in_batches] == [
-        (one.ids, one.text, one.finished) for one in in_slots
-    ]
-    assert [one.logprob for one in in_batches] == pytest.approx([one.logprob for one in in_slots], rel=1e-4)
+    for others in (in_batches, in_one_batch):
+        assert [(one.ids, one.text, one.finished) for one in others] == [
+            (one.ids, one.text, one.finished) for one in in_slots
+        ]
+        assert [one.logprob for one in others] == pytest.approx([one.logprob for one in in_slots], rel=1e-4)
 
 
 def test_a_stop_string_ends_the_work(pair):

@@ -119,7 +119,9 @@ class Engine:
         prompts = FoldedPrompts(states, in_front=self.frozen.pair is None)
         most = max(decoding.batch_size, len(averaged))
         waiting = len(rows) * max(1, len(averaged))
-        limits = ServingLimits(most, max(_TOKENS_PER_PASS, most), cache_bytes=1 << 60, max_waiting=waiting)
+        limits = ServingLimits(
+            most, max(_TOKENS_PER_PASS, most), cache_bytes=1 << 60, max_waiting=waiting, reserve=True
+        )
         engine = ServingEngine(self.frozen, prompts, limits, forward=self._forward(requests, states, most))
         told = None if on_progress is None else partial(on_progress, 1)
         generations: dict[str, Generation] = {}
@@ -159,10 +161,11 @@ class Engine:
         return requests
 
     def _forward(self, requests: Sequence[Request], states: Sequence[PromptStates], rows: int) -> ForwardPass:
-        """Slots, but for what they cannot hold, and for copies of prompts that would take too much memory."""
+        """Slots where rows will take the places of others, but for what slots cannot hold or have no memory for."""
         used = [states[int(name)] for name in {name for one in requests for name in one.prompts if name is not None}]
         copies = rows * max(map(size_bytes, used), default=0)
-        if copies > _MOST_COPIED or any(one.infix or one.embeddings_PD is not None for one in used):
+        one_batch = sum(len(one.prompts) for one in requests) <= rows
+        if one_batch or copies > _MOST_COPIED or any(one.infix or one.embeddings_PD is not None for one in used):
             return StaticForward(self.frozen)
         return forward_pass(self.frozen, 1 << 60)
 
