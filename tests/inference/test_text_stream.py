@@ -28,8 +28,8 @@ def _byte_fallback() -> PreTrainedTokenizerFast:
 FALLBACK = _byte_fallback()
 
 
-def streamed(ids, stop=(), tokenizer=TOKENIZER):
-    stream = TextStream(tokenizer, stop)
+def streamed(ids, stop=(), tokenizer=TOKENIZER, at_once=False):
+    stream = TextStream(tokenizer, stop, at_once=at_once)
     pieces = []
     for token in ids:
         pieces.append(stream.push(token))
@@ -54,6 +54,16 @@ def test_pieces_are_whole_characters_and_make_up_the_text(text):
 @settings(deadline=None)
 def test_any_bytes_give_what_they_decode_to(ids):
     assert "".join(streamed(ids)[0]) == TOKENIZER.decode(ids, skip_special_tokens=True)
+    assert streamed(ids, at_once=True)[0] == [""] * len(ids) + ["".join(streamed(ids)[0])]
+
+
+@given(st.text(alphabet="ab ", max_size=30))
+@settings(deadline=None)
+def test_a_text_that_is_told_at_once_ends_where_it_would(text):
+    for stop in ("ab", "b "), ("aa",):
+        pieces, stopped_by = streamed(encoded(text), stop)
+        again, stopped_by_again = streamed(encoded(text), stop, at_once=True)
+        assert ("".join(again), stopped_by_again) == ("".join(pieces), stopped_by)
 
 
 @given(st.lists(st.sampled_from(["▁a", "b", "▁", "▁cat", "é", "<0xE2> <0x82> <0xAC>", "<0x0A>"]), max_size=30))

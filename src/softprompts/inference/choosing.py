@@ -101,11 +101,11 @@ def _logprobs(logits_RV: Tensor, tracks: Sequence[Track], tokens: Sequence[int])
     if not rows:
         return {}
     logprobs_RV = logits_RV[rows].log_softmax(dim=-1)
+    chosen_R1 = torch.tensor([tokens[row] for row in rows], device=logprobs_RV.device)[:, None]
+    told = logprobs_RV.gather(1, chosen_R1)[:, 0].tolist()
     counts = [min(tracks[row].options.logprobs or 0, logprobs_RV.shape[1]) for row in rows]
-    top = logprobs_RV.topk(max(counts), dim=-1)
-    found: dict[int, TokenLogprobs] = {}
-    for place, (row, count) in enumerate(zip(rows, counts, strict=True)):
-        token = tokens[row]
-        best = zip(top.indices[place, :count].tolist(), top.values[place, :count].tolist(), strict=True)
-        found[row] = TokenLogprobs(token, float(logprobs_RV[place, token]), tuple(best))
-    return found
+    values, ids = (best.tolist() for best in logprobs_RV.topk(max(counts), dim=-1))
+    return {
+        row: TokenLogprobs(tokens[row], told[place], tuple(zip(ids[place][:count], values[place], strict=False)))
+        for place, (row, count) in enumerate(zip(rows, counts, strict=True))
+    }

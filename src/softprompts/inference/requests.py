@@ -91,6 +91,8 @@ class Request:
     """Output i draws from sequence ``first + i`` of the seed's random numbers."""
     infix_at: int | None = None
     """Index of the first token behind the input, for prompts that stand there; a model runs these in closed batches."""
+    at_once: bool = False
+    """Whether the text of an output is told at its end: less work for every token, where nobody reads along."""
 
     @property
     def prompts(self) -> tuple[str | None, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -258,7 +258,7 @@ class ServingEngine:
         pending = list(reversed(requests))
         while pending or self.busy:
             while pending and self._may_add(pending[-1]):
-                self.submit(pending.pop())
+                self.submit(replace(pending.pop(), at_once=True))
             new = self.step()
             for event in new:
                 if event.error is not None:

@@ -33,10 +33,11 @@ class TextStream:
     Args:
         tokenizer: Decodes; special tokens leave no text.
         stop: Strings that end the text.
+        at_once: Whether nothing is handed out before the end, where no stop string has to be looked for.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), *, at_once: bool = False) -> None:
+        self._tokenizer, self._stop, self._at_once = tokenizer, tuple(stop), at_once and not stop
         self._window: list[int] = []
         self._decoded = 0
         """Characters of the window's text that were taken from it."""
@@ -58,6 +59,8 @@ class TextStream:
             What can be handed out.
         """
         self._window.append(token)
+        if self._at_once:
+            return ""
         self._since_stable += 1
         text = self._decode(self._window)
         stable = text.rstrip(_UNFINISHED)

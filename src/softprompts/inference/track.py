@@ -106,7 +106,7 @@ class Track:
         """P, known when the prompt is there."""
         self.computed = 0
         """Positions whose keys and values are there, the prompt's included; 0 while it waits."""
-        self.text = TextStream(tokenizer, self.options.stop)
+        self.text = TextStream(tokenizer, self.options.stop, at_once=request.at_once)
         self.random = random.Random(f"{seed}/{request.first + index}")
         self.cancelled = False
         self.failure: Exception | None = None

@@ -121,7 +121,8 @@ class Service:
         requests = []
         for ids, prompt, averaged, forced_ids in asks:
             number = next(self._numbers)
-            request = Request(f"{self._run}-{number}", ids, prompt, SamplingOptions(), averaged)
+            at_once = not body.stream and logprobs is None
+            request = Request(f"{self._run}-{number}", ids, prompt, SamplingOptions(), averaged, at_once=at_once)
             if forced_ids:
                 forced = SamplingOptions(max_tokens=len(forced_ids), logprobs=0, forced_ids=forced_ids)
                 requests.append(replace(request, options=forced))
