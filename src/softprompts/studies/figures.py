@@ -80,9 +80,14 @@ def draw(result: Result) -> str | None:
                 _bars(result, metric, own)
         handles, labels = axes[0].get_legend_handles_labels()
         if len(labels) > 1:
-            columns = min(len(labels), 3)
+            room = _LEGEND * len(axes)  # of three columns in one panel's width
+            columns = min(len(labels), 3 if max(map(len, labels)) <= room else 2)
             figure.legend(handles, labels, loc="outside upper center", ncols=columns)
         return _svg(figure)
+
+
+_LEGEND = 12
+"""Characters of a label of which three stand side by side above one panel."""
 
 
 def standalone(svg: str) -> str:

@@ -169,10 +169,9 @@ def _models(result: Result) -> list[str]:
     found = {}
     for cell in result.cells.values():
         model = cell.get("model")
-        if model:
+        if model and cell.get("train", {}).get("method") != "fine_tuning":  # those are models of their own
             found[model["fingerprint"]] = f"{model['name']} ({model['fingerprint']})"
-    frozen = sorted(set(found.values()))
-    return frozen if len(frozen) <= 6 else [*frozen[:6], "..."]  # every fine-tuned model has a fingerprint of its own
+    return sorted(set(found.values()))
 
 
 def _samples(result: Result) -> list[dict[str, Any]]:

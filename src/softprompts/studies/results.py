@@ -30,7 +30,9 @@ class Number:
 
     @property
     def shown(self) -> str:
-        """With its standard error, as in a table."""
+        """With its standard error, as in a table; a count that is the same with every seed stands alone."""
+        if self.mean.is_integer() and abs(self.mean) >= 1000 and not self.stderr:
+            return f"{self.mean:,.0f}"
         return _digits(self.mean) if self.stderr is None else f"{_digits(self.mean)} ± {_digits(self.stderr)}"
 
 
