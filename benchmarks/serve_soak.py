@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -24,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ import httpx2 as httpx
 import torch
 import yaml
 
-from softprompts.inference import PromptPool, Request, SamplingOptions, ServingEngine
+from softprompts.inference import PromptPool, Request, SamplingOptions, ServingEngine, choosing, serving
 from softprompts.models import FrozenLM
 from softprompts.pretraining import bundled_lm_path
 from softprompts.prompts import prompt_from_table
@@ -46,6 +49,8 @@ SENTENCES = (
     "The train to the north left",
     "She said",
 )
+UNDECIDED = 1e-5
+"""Of probability: what lies nearer to the boundary of two tokens than this is left to rounding."""
 KEYS = {"clients": "sp-soak-clients", "admin": "sp-soak-admin"}
 BAD = (
     ({"max_tokens": 0}, 422),
@@ -104,12 +109,44 @@ def make_prompts(frozen: FrozenLM, folder: Path, count: int) -> list[str]:
     return names
 
 
+@contextlib.contextmanager
+def nearest_edges() -> Iterator[list[float]]:
+    """Note for every token how near it was to being another one: the best to the next best, a draw to its neighbours.
+
+    Which rows share a forward pass changes logits in their last digits, and a draw within 1e-6 of the boundary of two
+    tokens with them: such a question has no one right answer.
+    """
+    edges: list[float] = []
+    plain_choose, plain_draw = serving.choose, choosing.draw
+
+    def choose(logits_RV: torch.Tensor, tracks: Any, *rest: Any, **more: Any) -> Any:
+        best_R2 = logits_RV.softmax(dim=-1).topk(2).values
+        greedy = [row for row, track in enumerate(tracks) if track.options.temperature == 0]
+        edges.extend((best_R2[greedy, 0] - best_R2[greedy, 1]).tolist())
+        return plain_choose(logits_RV, tracks, *rest, **more)
+
+    def draw(logits_RV: torch.Tensor, uniforms_R: list[float]) -> torch.Tensor:
+        heights_RV = logits_RV.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+        aim_R1 = torch.tensor(uniforms_R, dtype=torch.float64)[:, None]
+        edges.extend((heights_RV - aim_R1).abs().amin(dim=-1).tolist())
+        return plain_draw(logits_RV, uniforms_R)
+
+    serving.choose, choosing.draw = choose, draw
+    try:
+        yield edges
+    finally:
+        serving.choose, choosing.draw = plain_choose, plain_draw
+
+
 def make_questions(frozen: FrozenLM, folder: Path, names: list[str], count: int) -> list[Question]:
-    """Draw requests and answer them offline."""
+    """Draw requests and answer them offline; those that rounding could answer in another way are left out."""
     lots, questions = random.Random(0), []
-    with PromptPool(frozen, PromptLibrary(folder)) as pool:
+    with PromptPool(frozen, PromptLibrary(folder)) as pool, nearest_edges() as edges:
         engine = ServingEngine(frozen, pool)
-        for number in range(count):
+        for number in itertools.count():
+            if len(questions) == count:
+                break
+            edges.clear()
             name = lots.choice([None, *names])
             options: dict[str, Any] = {"max_tokens": lots.choice((4, 16, 48)), "temperature": 0.0}
             if number % 3 == 0:
@@ -117,6 +154,8 @@ def make_questions(frozen: FrozenLM, folder: Path, names: list[str], count: int)
             text = lots.choice(SENTENCES) + " again" * lots.randrange(20)
             request = Request(str(number), engine.encode(text), name, SamplingOptions(**options))
             (outputs,) = engine.generate([request])
+            if min(edges) < UNDECIDED:
+                continue
             body = {"model": name or "bundled", "prompt": text, **options}
             questions.append(Question(body, tuple(o.text for o in outputs), tuple(o.finish_reason for o in outputs)))
     return questions
