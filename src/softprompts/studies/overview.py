@@ -120,7 +120,7 @@ def _facts(result: Result, directory: Path, file: Path) -> Mapping[str, Any]:
     return {
         "name": result.plan.study.name,
         "folder": _link(result, directory, file),
-        "cells": f"{len(result.cells)} of {len(result.plan.cells)}",
+        "cells": f"{result.done} of {len(result.plan.cells)}",
         "failed": len(result.failed),
         "left_out": sum(len(settings) for settings in result.left_out.values()),
         "seeds": ", ".join(map(str, result.plan.scale.seeds)),

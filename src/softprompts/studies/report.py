@@ -105,7 +105,7 @@ def _part(result: Result, svg: str | None) -> dict[str, Any]:
         "published": any(row.published for row in result.rows),
         "verdicts": _verdicts(result),
         "planned": len(plan.cells),
-        "done": len(result.cells),
+        "done": result.done,
         "failed": [
             {"name": cell["name"], "message": f"{cell['error']['type']}: {cell['error']['message']}"}
             for cell in result.failed
@@ -133,7 +133,7 @@ def _part(result: Result, svg: str | None) -> dict[str, Any]:
                 )
                 if word
             ),
-            "cost": f"{len(result.cells)} cells, {result.cpu_seconds / 60:.1f} minutes of processor time, "
+            "cost": f"{result.done} cells, {result.cpu_seconds / 60:.1f} minutes of processor time, "
             f"{result.seconds / 60:.1f} by the clock",
         },
     }

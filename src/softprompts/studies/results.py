@@ -107,6 +107,11 @@ class Result:
         return found
 
     @property
+    def done(self) -> int:
+        """Cells that were run, failed ones included; those that were left out are not."""
+        return sum(not is_left_out(cell) for cell in self.cells.values())
+
+    @property
     def seconds(self) -> float:
         """Of all cells, failed ones included."""
         return sum(float(cell["wall_s"]) for cell in self.cells.values())
