@@ -253,7 +253,7 @@ def test_what_could_never_be_answered_is_left_out_and_the_log_says_why(tmp_path,
     found = reasons(caplog)
     assert found.keys() == {"infixes-average", "infixes-vote", "linked", "many-average", "many-vote"}
     assert not found.keys() & listed
-    assert "infixes" in found["infixes-average"]
+    assert "'member 0' is an infix" in found["infixes-average"]
     assert "symbolic link" in found["linked"]
     assert "--max-rows" in found["many-average"]
     assert "--max-waiting" in found["many-vote"]

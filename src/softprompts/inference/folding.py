@@ -15,7 +15,16 @@ from softprompts.prompted import PromptedLM
 from softprompts.prompts import SoftPrompt
 from softprompts.types import PromptStates
 
-__all__ = ["FoldedPrompt", "FoldedPrompts", "Measure", "fold_for_serving", "measured", "positions_of", "size_bytes"]
+__all__ = [
+    "FoldedPrompt",
+    "FoldedPrompts",
+    "Measure",
+    "fold_for_serving",
+    "measured",
+    "not_served",
+    "positions_of",
+    "size_bytes",
+]
 
 
 _EMBEDDING_BYTES = 4
@@ -36,14 +45,19 @@ def fold_for_serving(frozen: FrozenLM, prompt: SoftPrompt, name: str) -> PromptS
         PlacementError: It is an infix.
     """
     if prompt.is_infix:
-        raise PlacementError(
-            f"prompt '{name}' is an infix, and a served text does not say where its input ends; train it with "
-            "prompt.placement: prefix"
-        )
+        raise not_served(name)
     (states,) = PromptedLM(frozen, [prompt]).states()
     dtype = frozen.dtype
     pairs = {layer: (k.detach().to(dtype), v.detach().to(dtype)) for layer, (k, v) in states.keys_values.items()}
     return replace(states, keys_values=pairs)
+
+
+def not_served(name: str) -> PlacementError:
+    """Say why an infix has no place in a served text."""
+    return PlacementError(
+        f"the prompt '{name}' is an infix, and a served text does not say where its input ends; train it with "
+        "prompt.placement: prefix"
+    )
 
 
 def size_bytes(states: PromptStates) -> int:

@@ -111,12 +111,11 @@ class LMConfig:
                 raise ConfigError(f"model.{key} is {value}, but a model of kind '{self.kind}' has none; leave it out")
         if self.width % self.heads:
             raise ConfigError(f"model.width is {self.width}, expected a multiple of model.heads {self.heads}")
-        if self.start_layers is not None and not 1 <= self.start_layers < min(
-            self.layers, self.decoder_layers or self.layers
-        ):
+        fewest = min(self.layers, self.decoder_layers or self.layers)
+        if self.start_layers is not None and not 1 <= self.start_layers < fewest:
             raise ConfigError(
-                f"model.start_layers is {self.start_layers}, expected at least 1 and fewer than the model has "
-                f"({self.layers}); leave it out if training.start_from has as many layers"
+                f"model.start_layers is {self.start_layers}, expected at least 1 and fewer than each of its stacks "
+                f"has ({fewest}); leave it out if training.start_from has as many layers"
             )
 
 

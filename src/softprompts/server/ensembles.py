@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeVar
 
 from softprompts.config import TaskConfig, TrainRecipe, decode
-from softprompts.errors import ConfigError, PlacementError, PoolFullError, SoftPromptsError
+from softprompts.errors import ConfigError, PoolFullError, SoftPromptsError
 from softprompts.evaluation.ensemble import combine
 from softprompts.evaluation.predict import ranked_scores
 from softprompts.inference import Output, PromptPool, ServingLimits
-from softprompts.inference.folding import measured
+from softprompts.inference.folding import measured, not_served
 from softprompts.models import FrozenLM
 from softprompts.storage import LoadedPrompt
 from softprompts.storage.ensemble import ENSEMBLE_FILE, load_ensemble
@@ -238,9 +238,9 @@ def _choices_of(
 
 def _check_members(members: Sequence[LoadedPrompt], frozen: FrozenLM) -> None:
     """Refuse members that no served text can have in front of it."""
-    for member in members:
+    for number, member in enumerate(members):
         if member.info.placement == "infix":
-            raise PlacementError("its members are infixes, and a served text does not say where its input ends")
+            raise not_served(f"member {number}")
         frozen.check_kind(member.info.kind)
 
 

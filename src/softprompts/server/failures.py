@@ -102,8 +102,7 @@ def from_engine(error: BaseException, model: str) -> ApiError:
         text = "this server has no memory left for another prompt; whoever runs it can give it more (--prompts-mib)"
         return ApiError(503, text, "prompt_memory_full")
     if isinstance(error, PlacementError):
-        text = f"the prompt '{model[:200]}' is an infix, and a served text does not say where its input ends"
-        return ApiError(409, text, "prompt_unusable")
+        return ApiError(409, str(error), "prompt_unusable")
     if isinstance(error, (ArtifactError, PromptMismatchError, UnsupportedModelError)):
         return ApiError(409, f"the prompt '{model[:200]}' cannot be used with this model", "prompt_unusable")
     if isinstance(error, ConfigError):
