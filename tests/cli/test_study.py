@@ -49,7 +49,7 @@ def plan_of(world: Path, **changes: Any) -> Plan:
 
 
 def run(plan: Plan, place: Path) -> dict[str, dict[str, Any]]:
-    write_study(plan, place, {})
+    write_study(plan, place, {"command": ""})
     return sweep(plan, place, CellRunner(plan, place))
 
 
@@ -100,6 +100,15 @@ def test_killed_between_training_and_judging_nothing_is_trained_again(
     for name, cell in whole.items():
         mine = {key: value for key, value in again[name]["metrics"].items() if key not in timed}
         assert mine == {key: value for key, value in cell["metrics"].items() if key not in timed}
+
+
+def test_seeds_that_are_added_are_what_they_are_alone(world: Path, tmp_path: Path):
+    run(plan_of(world), tmp_path / "grown")
+    grown = run(plan_of(world, seeds=[0, 1, 2]), tmp_path / "grown")
+    alone = run(plan_of(world, seeds=[2]), tmp_path / "alone")["soft--P=3--seed-2"]
+    found = ([one["loss"] for one in cell["history"]] for cell in (grown["soft--P=3--seed-2"], alone))
+    assert next(found) == pytest.approx(next(found))
+    assert len({cell["metrics"]["loss"] for cell in grown.values()}) == 3
 
 
 def test_baselines_and_starts_from_other_settings(world: Path, tmp_path: Path):

@@ -78,6 +78,21 @@ def test_another_study_in_the_folder_is_refused(tmp_path: Path):
     assert (tmp_path / "study.json").read_bytes() == before
 
 
+def test_seeds_are_added_to_a_study(tmp_path: Path):
+    run(tiny_plan(), tmp_path / "grown", FakeRunner())
+    added, facts = FakeRunner(), {**FACTS, "date": "2027-01-01", "command": "softprompts study x --seeds 0,1,2,5"}
+    write_study(tiny_plan(seeds=[0, 1, 2, 5]), tmp_path / "grown", facts)
+    cells = sweep(tiny_plan(seeds=[0, 1, 2, 5]), tmp_path / "grown", added, stamp=lambda: TIMES)
+    assert {seed for *_, seed in (name.rpartition("-") for name in added.ran)} == {"5"}
+    assert cells == run(tiny_plan(seeds=[0, 1, 2, 5]), tmp_path / "whole", FakeRunner())
+    assert json.loads((tmp_path / "grown" / "study.json").read_text())["facts"] == {
+        **FACTS,
+        "command": facts["command"],
+    }
+    with pytest.raises(CheckpointError, match=r"plan.seeds"):  # the report would lose cells
+        write_study(tiny_plan(), tmp_path / "grown", FACTS)
+
+
 def test_facts_of_the_first_call_stay(tmp_path: Path):
     write_study(tiny_plan(), tmp_path, FACTS)
     write_study(tiny_plan(), tmp_path, {**FACTS, "date": "2027-01-01"})

@@ -220,7 +220,7 @@ def _train_together(recipes: Sequence[TrainRecipe], seeds: Sequence[int], folder
         {"name": place.name, **{key: own[key] for key in varying}} for place, own in zip(places, values, strict=True)
     )
     config = dataclasses.replace(recipes[0], output_dir=str(folder), together=members)
-    found = run_recipe(config, resume=_started(folder))["prompts"]
+    found = run_recipe(config, resume=any(map(_started, places)))["prompts"]
     for place in places:
         _keep(place, found[place.name])
 

@@ -66,12 +66,13 @@ class Progress:
 
 
 def write_study(plan: Plan, directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep what the study is, or check that the folder holds the same one.
+    """Keep what the study is, or check that the folder holds the same one, perhaps with fewer seeds.
 
     Args:
         plan: The study.
         directory: Its folder.
-        facts: Command, date, commit and hardware; of a study that goes on, the first ones stay.
+        facts: Command, date, commit and hardware. Of a study that goes on, the first ones stay; where seeds are added,
+            the command becomes the new one, which alone makes the whole.
 
     Raises:
         CheckpointError: The folder holds another study, or this one with other settings.
@@ -82,15 +83,20 @@ def write_study(plan: Plan, directory: Path, facts: Mapping[str, Any]) -> dict[s
     path = directory / STUDY_FILE
     if path.exists():
         before = read_study(directory)
-        held = {key: before.get(key) for key in ("scale", "plan")}
-        name = before["study"]["name"]
-        changed = changed_keys({"name": name, **held}, {"name": plan.study.name, **{k: content[k] for k in held}})
+        name, held, facts_before = before["study"]["name"], before["plan"], before["facts"]
+        if set(held["seeds"]) < set(plan.scale.seeds):
+            held = {**held, "seeds": plan.scale.seeds}
+            facts_before = {**facts_before, "command": facts["command"]}
+        changed = changed_keys(
+            {"name": name, "scale": before["scale"], "plan": held},
+            {"name": plan.study.name, "scale": plan.scale_name, "plan": content["plan"]},
+        )
         if changed:
             raise CheckpointError(
                 f"'{directory}' holds a study with other settings: {'; '.join(changed[:5])}; give the same ones to go "
                 "on with it, or another folder after --out"
             )
-        content["facts"] = before["facts"]
+        content["facts"] = facts_before
     else:
         content["facts"] = dict(facts)
     replace_file(path, _json(content))

@@ -25,7 +25,8 @@ RULE = (
     "interval contains zero. A claim of equality holds if the whole interval is within the stated margin, fails if it "
     "is wholly outside, and is undecided otherwise. The claim is reproduced in direction if all of its comparisons "
     "hold, not reproduced if one fails, undecided otherwise; not measured if a setting has fewer than two seeds. With "
-    "three seeds only large differences are decided, and nothing is corrected for the number of comparisons."
+    "few seeds only large differences are decided; nothing is corrected for the number of comparisons, nor for seeds "
+    "that were added after a first look."
 )
 
 Outcome = Literal["reproduced in direction", "not reproduced", "undecided", "not measured"]
