@@ -18,6 +18,8 @@ from typing import Any
 import yaml
 from reporting import commit, hardware, run, today, write_result
 
+from softprompts.folder_lock import alone_in
+
 
 def folder(row: dict[str, Any], seed: int, work: Path) -> Path:
     """Where a cell keeps its files."""
@@ -137,7 +139,7 @@ def main() -> None:
     for row in grid["rows"]:
         seeds = row.get("seeds", grid["seeds"]) if "recipe" in row else [0]
         plan += [(row, seeds)] if row.get("together") else [(row, [seed]) for seed in seeds]
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with alone_in(options.work), ThreadPoolExecutor(options.jobs) as pool:
         found = list(pool.map(lambda item: cells(*item, grid, options.work, options.threads), plan))
     done = [one for own in found for one in own]
     each = [{**grid.get("evaluate", {}), **row.get("evaluate", {})}["metrics"] for row in grid["rows"]]

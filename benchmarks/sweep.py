@@ -18,6 +18,8 @@ from typing import Any
 import yaml
 from reporting import commit, hardware, run, today, write_result
 
+from softprompts.folder_lock import alone_in
+
 
 def train(row: dict[str, Any], sweep: dict[str, Any], work: Path, threads: int) -> dict[str, Any]:
     """Train all prompts of a row, or read what an earlier run left of them."""
@@ -109,7 +111,7 @@ def main() -> None:
     sweep = yaml.safe_load(options.sweep.read_text())
     sweep["set"] = [*sweep.get("set", []), *options.set]
     rows = [row for row in sweep["rows"] if options.only is None or options.only in row["name"]]
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with alone_in(options.work), ThreadPoolExecutor(options.jobs) as pool:
         trained = list(pool.map(lambda row: train(row, sweep, options.work, options.threads), rows))
     groups = [group for row, one in zip(rows, trained, strict=True) for group in settings(row, one, sweep["metrics"])]
     sets = "".join(f" --set {item}" for item in options.set)

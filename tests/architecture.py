@@ -21,7 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"training", "transfer", "inference", "integrations"}),
     frozenset({"prompted", "storage"}),
     frozenset({"tasks", "models", "prompts", "pretraining"}),
-    frozenset({"cache_folder", "config", "registry", "types"}),
+    frozenset({"cache_folder", "config", "folder_lock", "registry", "types"}),
     frozenset({"errors"}),
 )
 """The picture, top line first. Imports go down only; units on one line never import each other."""

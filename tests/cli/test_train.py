@@ -17,6 +17,7 @@ from softprompts.cli.main import main
 from softprompts.cli.train import run_recipe
 from softprompts.config import TrainRecipe, decode
 from softprompts.errors import CheckpointError, ConfigError, LengthError, StorageError, TrainingInterrupted
+from softprompts.folder_lock import alone_in
 from softprompts.models import FrozenLM
 from softprompts.storage import load_prompt
 from tiny_world import animal_task, animal_world, changed_recipe, model_section
@@ -87,6 +88,15 @@ def test_stopped_and_resumed_is_as_never_stopped(
     assert again["metrics"] == whole["metrics"]
 
 
+def test_a_folder_that_another_run_writes_to_is_left_alone(recipe: Callable[..., TrainRecipe], tmp_path: Path):
+    with alone_in(tmp_path / "run"):
+        for resume in (False, True):
+            with pytest.raises(StorageError, match="another run writes to"):
+                run_recipe(recipe(), resume=resume)
+        assert not (tmp_path / "run" / "recipe.yaml").exists()
+    assert run_recipe(recipe())["steps"] == 6
+
+
 class EventsAt:
     """Stands for a listener that presses Ctrl-C at some step."""
 
@@ -149,7 +159,7 @@ def test_a_row_that_does_not_fit_behind_its_prompt_is_refused_before_training(
 
 def test_an_output_directory_that_cannot_be_made_is_named(recipe: Callable[..., TrainRecipe], tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="recipe cannot be written"):
+    with pytest.raises(StorageError, match="cannot be written: Not a directory"):
         run_recipe(recipe(output_dir=str(tmp_path / "file" / "run")))
 
 

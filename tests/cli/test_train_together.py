@@ -18,6 +18,7 @@ from softprompts.cli.main import main
 from softprompts.cli.train import run_recipe
 from softprompts.config import TrainRecipe, decode, member_recipes, varied
 from softprompts.errors import CheckpointError, ConfigError, TrainingInterrupted
+from softprompts.folder_lock import LOCK_FILE
 from softprompts.models import FrozenLM
 from softprompts.storage import load_prompt
 from tiny_world import animal_task, animal_world, model_section
@@ -58,7 +59,8 @@ def test_a_list_is_trained_as_one_after_the_other(world: Path, tmp_path: Path):
     result = run_recipe(config)
     alone = member_recipes(recipe(world, tmp_path / "alone"))
     assert list(result["prompts"]) == list(alone)
-    assert [path.name for path in sorted((tmp_path / "together").iterdir())] == sorted([*alone, "recipe.yaml"])
+    names = sorted(path.name for path in (tmp_path / "together").iterdir())
+    assert names == sorted([LOCK_FILE, *alone, "recipe.yaml"])
     frozen = FrozenLM.load(world / "model", device="cpu")
     for name, member in alone.items():
         expected, found = run_recipe(member), result["prompts"][name]

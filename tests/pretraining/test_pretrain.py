@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from softprompts.errors import CheckpointError, ConfigError, DataError, TrainingInterrupted
+from softprompts.errors import CheckpointError, ConfigError, DataError, StorageError, TrainingInterrupted
+from softprompts.folder_lock import alone_in
 from softprompts.pretraining.pretrain import Run, pretrain
 from softprompts.pretraining.recipe import LMConfig, LMTrainingConfig, PretrainRecipe
 from softprompts.pretraining.trainer import Rows
@@ -140,6 +141,12 @@ def test_a_run_is_not_started_over_by_accident(recipe: PretrainRecipe) -> None:
         pretrain(recipe, report=quiet, max_steps=1)
     with pytest.raises(CheckpointError, match="add --resume to go on"):
         pretrain(recipe, report=quiet)
+
+
+def test_a_folder_that_another_run_writes_to_is_left_alone(recipe: PretrainRecipe, tmp_path: Path) -> None:
+    with alone_in(Path(recipe.output.output_dir)), pytest.raises(StorageError, match="another run writes to"):
+        pretrain(recipe, report=quiet)
+    assert not (Path(recipe.output.output_dir) / "recipe.json").exists()
 
 
 def test_nothing_to_resume_from_and_damage_are_said(recipe: PretrainRecipe, tmp_path: Path) -> None:

@@ -93,21 +93,23 @@ def _run(plan: Plan, out: Path, retry: bool, console: Console) -> dict[str, Any]
 
     from softprompts.bench.machine import machine
     from softprompts.cli.study_runs import CellRunner
+    from softprompts.folder_lock import alone_in
     from softprompts.studies.sweep import is_left_out, sweep, write_study
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hardware = machine(device)
     command = shlex.join(["softprompts", *sys.argv[1:]])
-    write_study(plan, out, {"command": command, "date": _today(), "hardware": hardware})
-    console.print(f"{plan.study.title}: {len(plan.cells)} cells in {out}", markup=False)
-    cells = sweep(
-        plan,
-        out,
-        CellRunner(plan, out),
-        retry=retry,
-        stamp=lambda: {"date": _today(), "commit": hardware["commit"]},
-        on_progress=lambda progress: _tell(progress, console),
-    )
+    with alone_in(out):
+        write_study(plan, out, {"command": command, "date": _today(), "hardware": hardware})
+        console.print(f"{plan.study.title}: {len(plan.cells)} cells in {out}", markup=False)
+        cells = sweep(
+            plan,
+            out,
+            CellRunner(plan, out),
+            retry=retry,
+            stamp=lambda: {"date": _today(), "commit": hardware["commit"]},
+            on_progress=lambda progress: _tell(progress, console),
+        )
     left_out = [name for name, cell in cells.items() if is_left_out(cell)]
     failed = [name for name, cell in cells.items() if "error" in cell and name not in left_out]
     said = f"{len(cells)} cells, {len(failed)} failed"

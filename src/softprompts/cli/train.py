@@ -104,13 +104,20 @@ def run_recipe(config: TrainRecipe, *, resume: bool = False, console: Console | 
     Raises:
         SoftPromptsError: Any of the errors of :mod:`softprompts.errors` that a recipe can lead to.
     """
-    from softprompts.cli.loading import load_frozen
-    from softprompts.cli.training_runs import plan, prepare, save, write_recipes
+    from softprompts.cli.training_runs import plan
     from softprompts.config import member_recipes
-    from softprompts.training import refuse_unfinished_run
+    from softprompts.folder_lock import alone_in
 
     members = member_recipes(config) if config.together else {"": config}
     plans = [plan(member, name) for name, member in members.items()]
+    with alone_in(Path(config.output_dir), *(one.directory for one in plans)):
+        return _run(config, plans, resume, console)
+
+
+def _run(config: TrainRecipe, plans: Sequence[Plan], resume: bool, console: Console | None) -> dict[str, Any]:
+    from softprompts.cli.loading import load_frozen
+    from softprompts.cli.training_runs import prepare, save, write_recipes
+    from softprompts.training import refuse_unfinished_run
 
     def refuse_unfinished() -> None:
         for one in plans:

@@ -50,13 +50,22 @@ def transfer_models(recipe: TransferRecipe, *, resume: bool = False, console: Co
     Raises:
         SoftPromptsError: Any of the errors of :mod:`softprompts.errors` that a recipe can lead to.
     """
-    from softprompts.cli.loading import load_frozen
-    from softprompts.cli.output import read_json, write_json
     from softprompts.cli.transfer_tasks import saved_prompts
+    from softprompts.folder_lock import alone_in
 
     saved = saved_prompts(Path(place) for place in recipe.prompts)
     _check(recipe, len(saved))
     folder = Path(recipe.output_dir)
+    with alone_in(folder):
+        return _transfer(recipe, saved, folder, resume, console)
+
+
+def _transfer(
+    recipe: TransferRecipe, saved: Sequence[SavedPrompt], folder: Path, resume: bool, console: Console | None
+) -> dict[str, Any]:
+    from softprompts.cli.loading import load_frozen
+    from softprompts.cli.output import read_json, write_json
+
     _keep_recipe(recipe, folder, resume)
     source, target = load_frozen(recipe.source_model), load_frozen(recipe.target_model)
     projector = None

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from softprompts.cache_folder import cache_folder, member_folder
 from softprompts.config import to_dict
 from softprompts.errors import CheckpointError, ConfigError, DataError, TrainingInterrupted
+from softprompts.folder_lock import alone_in
 from softprompts.pretraining.card import write_run_card
 from softprompts.pretraining.checkpoint import RunState, check_checkpoint, load_checkpoint, save_checkpoint
 from softprompts.pretraining.model import build_model, export, loss_function, pick_device, replace_folder
@@ -83,7 +84,15 @@ def pretrain(
         CheckpointError: There is nothing to resume from, or it belongs to another recipe; or, without ``resume``, the
             folder holds a run already.
         DataError: The corpus is missing or unusable.
+        StorageError: Another run writes to the folder, or it cannot be written.
     """
+    with alone_in(Path(recipe.output.output_dir)):
+        return _pretrain(recipe, resume, report, max_steps)
+
+
+def _pretrain(
+    recipe: PretrainRecipe, resume: bool, report: Callable[[str], None], max_steps: int | None
+) -> PretrainResult:
     checkpoint = Path(recipe.output.output_dir) / "checkpoint.pt"
     if checkpoint.is_file() and not resume:
         raise CheckpointError(
