@@ -16,9 +16,11 @@ import yaml
 from transformers import PreTrainedTokenizerFast
 
 from conftest import SIZES, tiny_model
+from softprompts.cli.judging import Judgement
 from softprompts.cli.main import main
 from softprompts.cli.train import run_recipe
 from softprompts.cli.transfer_models import transfer_models
+from softprompts.cli.transfer_tasks import warm_start
 from softprompts.cli.transfer_texts import read_texts
 from softprompts.config import TrainRecipe, TransferRecipe, decode, to_dict
 from softprompts.errors import CheckpointError, ConfigError
@@ -26,6 +28,7 @@ from softprompts.models import FrozenLM
 from softprompts.storage import load_prompt, read_info
 from softprompts.training import read_events
 from softprompts.transfer import load_projector
+from softprompts.types import MetricValue
 
 ANIMALS = {"cat": "meow", "dog": "woof", "cow": "moo", "owl": "hoot"}
 MOODS = {"great": "good", "awful": "bad", "lovely": "good", "nasty": "bad"}
@@ -365,6 +368,19 @@ def test_training_starts_from_the_best_prompt_of_a_library(world: Path, tmp_path
     assert Path(chosen["prompt"]).name == "moods"
     assert call(*words, "--by", "cosine", "--output", tmp_path / "x") == 2
     assert call(*words, "--by", "cosin", "--like", folder / "moods", "--output", tmp_path / "x") == 2
+
+
+def test_a_prompt_without_a_score_is_not_started_from(world: Path, library: Callable[..., Path], monkeypatch: Any):
+    config, losses = recipe(world, "moods"), [math.nan, 2.0, 1.0]
+
+    def judged(*_: Any) -> Judgement:
+        return Judgement("loss", False, 1, MetricValue(0.0, None), tuple(MetricValue(one, None) for one in losses))
+
+    monkeypatch.setattr("softprompts.cli.judging.judge", judged)
+    assert Path(str(warm_start(config, library(), "zero-shot").prompt.initializer.prompt)).name == sorted(TASKS)[2]
+    losses[:] = [math.nan] * 3
+    with pytest.raises(ConfigError, match="no prompt of the library has a score"):
+        warm_start(config, library(), "zero-shot")
 
 
 @pytest.mark.parametrize("way", [{"name": "none"}, {"name": "residual"}, {"name": "mlp", "start": "closed_form"}])

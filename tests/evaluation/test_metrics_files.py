@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from softprompts.errors import DataError, DataNotFoundError
-from softprompts.evaluation.score_files import Gold, align, read_predictions, read_references, with_choices
+from softprompts.evaluation.alignment import align, with_choices
+from softprompts.evaluation.score_files import Gold, read_predictions, read_references
 
 
 @pytest.fixture
@@ -56,6 +58,20 @@ def test_tables_of_e2e(name: str, content: str, file):
 def test_a_table_of_references_is_grouped_by_meaning(file):
     gold = read_references([file("refs.csv", "mr,ref\nname[A],one\nname[A],two\nname[B],three\n")])
     assert gold.references == (("one", "two"), ("three",))
+
+
+def test_tables_are_aligned_by_meaning(file):
+    gold = read_references([file("refs.csv", "mr,ref\nname[A],one\nname[A],two\nname[B],three\n")])
+    out = read_predictions(file("out.tsv", "MR\toutput\nname[B]\tthird\n name[A]\tfirst\n"))
+    assert align(out, gold) == ("first", "third")
+    assert align(out, replace(gold, meanings=())) == ("third", "first")  # from blocks: they have an order only
+    for content, message in (
+        ("mr,output\nname[B],x\nname[B],y\n", r"out.csv', line 3: meaning 'name\[B\]' was there before"),
+        ("mr,output\nname[B],x\nname[C],y\n", r"none for 'name\[A\]' \(1 of 2"),
+        ("mr,output\nname[B],x\nname[A],y\nname[C],z\n", r"line 4: 'name\[C\]' is no record"),
+    ):
+        with pytest.raises(DataError, match=message):
+            align(read_predictions(file("out.csv", content)), gold)
 
 
 def test_squad(file):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from softprompts.evaluation.alignment import align
 from softprompts.evaluation.metrics import score, unusable
-from softprompts.evaluation.score_files import align, read_predictions, read_references
+from softprompts.evaluation.score_files import read_predictions, read_references
 from softprompts.tasks import data_root
 
 pytestmark = pytest.mark.data

@@ -50,8 +50,9 @@ def score(
     json: JsonOption = None,
 ) -> None:
     """Score a file of predictions: each metric with its bootstrap standard error, and its significance."""
+    from softprompts.evaluation.alignment import align
     from softprompts.evaluation.metrics import unusable
-    from softprompts.evaluation.score_files import align, read_predictions
+    from softprompts.evaluation.score_files import read_predictions
 
     console = console_for(json)
     sheet = _metrics(task, metric or [])
@@ -125,7 +126,8 @@ def _metrics(task: str | None, names: Sequence[str]) -> Mapping[str, str]:
 
 
 def _gold(task: str | None, split: str | None, files: Sequence[Path]) -> Gold:
-    from softprompts.evaluation.score_files import read_references, with_choices
+    from softprompts.evaluation.alignment import with_choices
+    from softprompts.evaluation.score_files import read_references
     from softprompts.evaluation.sheets import SHEETS
     from softprompts.tasks import data_root, get_task
 

@@ -325,12 +325,26 @@ def _chosen(frozen: FrozenLM, prompts: Sequence[SoftPrompt], config: TrainRecipe
         judging = JudgeConfig(split="dev", limit=config.task.limit_dev)
         found = judge(frozen, prompts, config.task, judging)
         sign = 1 if found.higher_is_better else -1
-        return max(range(len(prompts)), key=lambda k: sign * found.prompts[k].value)
+        return _largest([sign * one.value for one in found.prompts])
     if like is None:
         raise ConfigError(f"--by {by} compares with a prompt of the task itself; name one with --like DIR")
     target = load_prompt(like, frozen).prompt
     row = _similarity(frozen, [target, *prompts], by)[0]
-    return max(range(len(prompts)), key=lambda k: row[k + 1])
+    return _largest(row[1:])
+
+
+def _largest(values: Sequence[float]) -> int:
+    """Place of the largest number; what is none (a loss that overflows, a prompt of zeros) is not chosen.
+
+    Raises:
+        ConfigError: There is no number among them.
+    """
+    from softprompts.errors import ConfigError
+
+    known = [place for place, value in enumerate(values) if not math.isnan(value)]
+    if not known:
+        raise ConfigError("no prompt of the library has a score that is a number; train others first")
+    return max(known, key=lambda place: values[place])
 
 
 def steps_of_runs(runs: Sequence[Path], own: Path, metric: str, console: Console) -> dict[str, Any]:

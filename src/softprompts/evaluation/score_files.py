@@ -13,14 +13,14 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from softprompts.errors import DataError, DataNotFoundError, nearest
+from softprompts.errors import DataError, DataNotFoundError
 
-__all__ = ["Gold", "Predicted", "align", "read_predictions", "read_references", "with_choices"]
+__all__ = ["Gold", "Predicted", "read_predictions", "read_references"]
 
 _MEANING = re.compile(r"(mr|src|source|meaning(?:[_ .-]rep(?:resentation)?)?|da|dial(?:ogue)?[_ .-]act)s?", re.I)
 _OUTPUT = re.compile(r"(out(?:put)?|sys(?:tem)?(?:[_ .-]?out(?:put)?)?|pred(?:iction)?|ref(?:erence)?|human.*)s?", re.I)
@@ -41,6 +41,8 @@ class Predicted:
     """Where each text stands; 0 where there is no telling (SQuAD's JSON)."""
     ids: tuple[str, ...] = ()
     """Of each text's record; empty: the order of the references."""
+    meanings: tuple[str, ...] = ()
+    """Of E2E's tables: what each text says; they identify records where the references have them, too."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Gold:
     """Legal answers of each record; empty for free text."""
     groups: tuple[str, ...] = ()
     """Which records belong together (MultiRC's questions); empty: none do."""
+    meanings: tuple[str, ...] = ()
+    """Of E2E's tables, each once."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -79,7 +83,8 @@ def read_predictions(path: str | Path) -> Predicted:
         return Predicted(place, tuple(text for _, text, _ in found), tuple(line for _, _, line in found), ids)
     rows = _table(place, lines) if suffix in (".tsv", ".csv") else None
     if rows is not None:
-        return Predicted(place, tuple(text for _, _, text in rows), tuple(line for line, _, _ in rows))
+        texts, places = tuple(text for _, _, text in rows), tuple(line for line, _, _ in rows)
+        return Predicted(place, texts, places, meanings=tuple(meaning for _, meaning, _ in rows))
     return Predicted(place, tuple(lines), tuple(range(1, len(lines) + 1)))
 
 
@@ -155,7 +160,7 @@ def read_references(paths: Sequence[str | Path]) -> Gold:
         by_meaning: dict[str, list[str]] = {}
         for _, meaning, text in rows:
             by_meaning.setdefault(meaning, []).append(text)
-        return Gold(place, tuple(map(tuple, by_meaning.values())))
+        return Gold(place, tuple(map(tuple, by_meaning.values())), meanings=tuple(by_meaning))
     while lines and not lines[-1].strip():  # what ends a file makes no blocks of its lines
         lines.pop()
     if all(line.strip() for line in lines):
@@ -234,106 +239,6 @@ def _squad(place: str, content: Any) -> Gold:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Both together
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def align(predicted: Predicted, gold: Gold, *, lenient: bool = False) -> tuple[str, ...]:
-    """Bring predictions into the order of the references, and labels into the words of the task.
-
-    Args:
-        predicted: The predictions.
-        gold: The references.
-        lenient: Let labels that the task does not have pass; they are wrong then.
-
-    Raises:
-        DataError: There are too few or too many predictions, one is of no known record, or a label is none of the
-            task's.
-    """
-    order = _order_by_id(predicted, gold) if predicted.ids and gold.ids else _order_by_line(predicted, gold)
-    if not gold.choices:
-        return tuple(predicted.texts[index] for index in order)
-    words = []
-    for index, choices in zip(order, gold.choices, strict=True):
-        text = predicted.texts[index]
-        word = _choice(text, choices) if choices else text
-        if word is None and not lenient:
-            line = f", line {predicted.lines[index]}" if predicted.lines[index] else ""
-            raise DataError(
-                f"'{predicted.path}'{line}: the label {text!r} is none of the task's: {nearest(text, choices)} "
-                f"(--lenient counts such labels as wrong)"
-            )
-        words.append(text if word is None else word)
-    return tuple(words)
-
-
-def with_choices(gold: Gold, choices: Sequence[str]) -> Gold:
-    """Say what the legal answers are, and put references that name or number them into these words.
-
-    Raises:
-        DataError: A reference is none of them.
-    """
-    words = []
-    for number, texts in enumerate(gold.references):
-        found = [_choice(text, choices) for text in texts]
-        if None in found:
-            which = f"of '{gold.ids[number]}'" if gold.ids else f"number {number + 1}"
-            wrong = texts[found.index(None)]
-            raise DataError(f"'{gold.path}': label {which} is {wrong!r}, none of the task's: {nearest(wrong, choices)}")
-        words.append(tuple(word for word in found if word is not None))
-    return replace(gold, references=tuple(words), choices=(tuple(choices),) * len(words))
-
-
-def _order_by_line(predicted: Predicted, gold: Gold) -> list[int]:
-    got, expected = len(predicted.texts), len(gold.references)
-    while got > expected and not predicted.texts[got - 1].strip():
-        got -= 1  # empty lines at the end of a file
-    if got < expected:
-        raise DataError(
-            f"too few predictions: '{predicted.path}' ends after line {predicted.lines[-1] if predicted.lines else 0} "
-            f"with {got}, expected {expected}, one per record of {gold.path}"
-        )
-    if got > expected:
-        raise DataError(
-            f"too many predictions: '{predicted.path}', line {predicted.lines[expected]} is number {expected + 1}, "
-            f"expected {expected}, one per record of {gold.path}"
-        )
-    return list(range(expected))
-
-
-def _order_by_id(predicted: Predicted, gold: Gold) -> list[int]:
-    places: dict[str, int] = {}
-    for index, identity in enumerate(predicted.ids):
-        if identity in places:
-            raise DataError(f"'{predicted.path}', line {predicted.lines[index]}: id '{identity}' was there before")
-        places[identity] = index
-    known = list(gold.ids)
-    if not places.keys() & set(known):  # ids such as 'superglue_rte-dev-7' for what SuperGLUE's files call 7
-        known = [identity.rpartition("-")[2] for identity in known]
-    missing = [identity for identity in known if identity not in places]
-    if missing:
-        raise DataError(
-            f"too few predictions: '{predicted.path}' has {len(places)} and none for '{missing[0]}' "
-            f"({len(missing)} of {len(known)} records of {gold.path} are missing)"
-        )
-    extra = next((identity for identity in places if identity not in set(known)), None)
-    if extra is not None:
-        line = predicted.lines[places[extra]]
-        raise DataError(
-            f"too many predictions: '{predicted.path}'{f', line {line}' if line else ''}: '{extra}' is no record "
-            f"of {gold.path}"
-        )
-    return [places[identity] for identity in known]
-
-
-def _choice(text: str, choices: Sequence[str]) -> str | None:
-    """Find the label that a text means: its word in any case, or its number."""
-    word = next((one for one in choices if one.lower() == text.strip().lower()), None)
-    number = text.strip()
-    return choices[int(number)] if word is None and number.isdecimal() and int(number) < len(choices) else word
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Lines, tables, JSON
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -391,5 +296,5 @@ def _table(place: str, lines: Sequence[str]) -> list[tuple[int, str, str]] | Non
         if row and len(row) != len(header):
             raise DataError(f"'{place}', line {reader.line_num}: got {len(row)} columns, expected {len(header)}")
         if row:
-            rows.append((reader.line_num, row[meanings[0]], row[outputs[0]]))
+            rows.append((reader.line_num, row[meanings[0]].strip(), row[outputs[0]]))
     return rows
