@@ -10,6 +10,7 @@ import pytest
 
 from softprompts.cli.train import run_recipe
 from softprompts.config import TrainRecipe
+from softprompts.models import FrozenLM
 
 
 def test_top_layers_are_trained_saved_small_and_judged_like_a_prompt(
@@ -44,3 +45,14 @@ def test_top_layers_are_trained_saved_small_and_judged_like_a_prompt(
     both = ["--prompt", result["saved"], "--prompt", prompt["saved"]]
     (world / "named.txt").write_text('{"prompt": "delta", "input": "fine film"}\n')
     assert "only prompts can be mixed" in " ".join(command("generate", world / "named.txt", *both, code=2).split())
+
+
+@pytest.mark.parametrize("method", ["prompt", "fine_tuning", "top_layers"])
+def test_what_is_trained_is_what_is_compiled(
+    method: str, recipe: Callable[..., TrainRecipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[FrozenLM] = []
+    monkeypatch.setattr(FrozenLM, "compile", lambda self: compiled.append(self))
+    run_recipe(recipe(method=method, model={"compile": "yes"}, evaluation={"selection": "loss"}))
+    (model,) = compiled
+    assert any(weight.requires_grad for weight in model.model.parameters()) == (method != "prompt")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from conftest import SIZES, ZOO, byte_tokenizer, tiny_model
+from softprompts.baselines.fine_tuning import FineTuningObjective
 from softprompts.models import FrozenLM
 from softprompts.models.flex import flex_packed_attention
 from softprompts.models.kernels import merge, packed_attention
@@ -298,6 +299,30 @@ def test_compiled_training_equals_eager(tokenizer: transformers.PreTrainedTokeni
                 assert float((ours - plain).norm() / plain.norm()) < 1e-4
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of the compiler itself
+def test_compiled_fine_tuning_equals_eager(
+    tokenizer: transformers.PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a prompt, and with gradients to the weights, as one graph."""
+    frozen = FrozenLM.from_model(tiny_model("llama"), tokenizer)
+    torch._dynamo.reset()
+    found = []
+    for compiles in (False, True):
+        objective = FineTuningObjective(frozen)
+        if compiles:
+            objective.prompted.frozen.compile()
+        found.append([])
+        for rows in (8, 5):
+            step = objective.loss(batch_of(LENGTHS[:rows], OF_ROW[:rows]))
+            gradients = torch.autograd.grad(step.total, objective.parameters(), allow_unused=True)
+            found[-1] += [step.total.detach(), *(one for one in gradients if one is not None)]
+    assert len(found[0]) > 20
+    for plain, ours in zip(*found, strict=True):
+        assert float((ours - plain).norm()) <= 1e-4 * float(plain.norm()) + 1e-6
+    assert "without compilation" not in caplog.text
 
 
 def test_without_a_compiler_training_goes_on(

@@ -125,9 +125,11 @@ def _run(config: TrainRecipe, plans: Sequence[Plan], resume: bool, console: Cons
 
     write_recipes([config, *(one.config for one in plans if one.name)], resume, refuse_unfinished)
     frozen = load_frozen(config.model)
-    if _is_compiled(config, frozen):
-        frozen.compile()
     runs = prepare(plans, frozen)
+    if _is_compiled(config, frozen):
+        trained = {id(run.objective.prompted.frozen): run.objective.prompted.frozen for run in runs}
+        for model in trained.values():  # the frozen one, or the copy of it that is tuned
+            model.compile()
     if console is not None:
         _introduce(runs, frozen, console)
     results = _fit(config, runs, resume, console)

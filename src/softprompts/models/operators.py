@@ -63,7 +63,7 @@ def packed_attention_operator(
         slots.pad_S1,
         slots.blocks_X3,
         packing.spans_Y5,
-        [int(prefix is not None) for prefix in prefixes],
+        [int(prefix is not None) for prefix in prefixes] or [0],  # torch's autograd takes no empty list of numbers
         Shape.of(query_MAH, key_MNH, scale, window).scale,
         -1 if window is None else window,
     )[0]
