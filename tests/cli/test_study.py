@@ -102,13 +102,17 @@ def test_killed_between_training_and_judging_nothing_is_trained_again(
         assert mine == {key: value for key, value in cell["metrics"].items() if key not in timed}
 
 
-def test_seeds_that_are_added_are_what_they_are_alone(world: Path, tmp_path: Path):
+def test_seeds_that_are_added_are_what_they_are_alone(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run(plan_of(world), tmp_path / "grown")
-    grown = run(plan_of(world, seeds=[0, 1, 2]), tmp_path / "grown")
+    trained: list[list[int]] = []
+    real = study_runs._train_together
+    monkeypatch.setattr(study_runs, "_train_together", lambda *given: (trained.append(list(given[1])), real(*given)))
+    grown = run(plan_of(world, seeds=[0, 1, 2, 3]), tmp_path / "grown")
+    assert trained == [[2, 3]]
     alone = run(plan_of(world, seeds=[2]), tmp_path / "alone")["soft--P=3--seed-2"]
     found = ([one["loss"] for one in cell["history"]] for cell in (grown["soft--P=3--seed-2"], alone))
     assert next(found) == pytest.approx(next(found))
-    assert len({cell["metrics"]["loss"] for cell in grown.values()}) == 3
+    assert len({cell["metrics"]["loss"] for cell in grown.values()}) == 4
 
 
 def test_baselines_and_starts_from_other_settings(world: Path, tmp_path: Path):

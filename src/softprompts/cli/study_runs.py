@@ -64,13 +64,14 @@ class CellRunner:
 
         lot = self._lots[missing[0].lot]
         places = {cell.name: folder / f"seed-{cell.seed}" for cell in lot}
-        together = False
-        if len(missing) == len(lot) > 1:  # once one of them has failed, each is on its own
+        together, others = False, [cell for cell in lot if cell not in missing]
+        # Once one of them has failed, each is on its own.
+        if len(missing) > 1 and all((places[cell.name] / _TRAINED).exists() for cell in others):
             with contextlib.suppress(SoftPromptsError):  # a recipe that cannot be made says so when its turn comes
-                recipes = [self._recipe(cell, places[cell.name]) for cell in lot]
+                recipes = [self._recipe(cell, places[cell.name]) for cell in missing]
                 together = all(recipe.method == "prompt" for recipe in recipes)
         if together:
-            _train_together(recipes, [cell.seed for cell in lot], folder)
+            _train_together(recipes, [cell.seed for cell in missing], folder)
         for cell in missing:
             place = places[cell.name]
             recipe = self._recipe(cell, place)
