@@ -13,7 +13,7 @@ import torch
 from softprompts import __version__
 from softprompts.models import FrozenLM
 
-__all__ = ["core_count", "machine", "shape"]
+__all__ = ["commit_of", "core_count", "machine", "shape"]
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 """Instruction sets that decide which kernels run."""
@@ -38,7 +38,7 @@ def machine(device: torch.device) -> dict[str, object]:
         "python": platform.python_version(),
         "softprompts": __version__,
         "versions": {package: _version(package) for package in _PACKAGES},
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).resolve().parents[1]),
     }
 
 
@@ -75,17 +75,22 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """Commit of the source tree, marked where files differ from it; ``None`` outside of one."""
-    here = Path(__file__).resolve().parent
+def commit_of(package: Path) -> str | None:
+    """Commit of a source tree, marked where the package's files differ from it; ``None`` outside of one.
+
+    Results that are written into the same repository meanwhile make no difference.
+    """
+    if not _git(package, "ls-files", "__init__.py"):  # installed, perhaps somewhere in a repository of its user
+        return None
+    head = _git(package, "rev-parse", "--short=12", "HEAD")
+    return head + "-dirty" if head and _git(package, "status", "--porcelain", "--", ".") else head
+
+
+def _git(place: Path, *words: str) -> str | None:
     try:
         found = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
+            ["git", "-C", str(place), *words], capture_output=True, text=True, timeout=10, check=False
         )
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
