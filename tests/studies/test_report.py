@@ -84,6 +84,8 @@ def test_plots_are_svg_in_the_colour_of_the_text(tmp_path: Path, kind: str):
     assert not re.search(r"#000000|#010203|<metadata", svg)
     assert "prefers-color-scheme" in standalone(svg)
     assert draw(other) == svg
+    html = write_report([other], tmp_path / "report").read_text()
+    assert ("One line per seed" in html, "Bars and whiskers" in html) == (kind == "curve", kind != "curve")
 
 
 @pytest.mark.parametrize("kind", ["line", "bars"])

@@ -87,6 +87,7 @@ def _part(result: Result, svg: str | None) -> dict[str, Any]:
         "question": plan.study.question,
         "scale": plan.scale_name,
         "like": plan.study.plot.like,
+        "curves": plan.study.plot.kind == "curve",
         "svg": svg,
         "wide": svg is not None and _is_wide(svg),
         "metrics": plan.scale.metrics,
