@@ -78,8 +78,7 @@ def render(template: str, context: Mapping[str, Any]) -> str:
 
 def _part(result: Result, svg: str | None) -> dict[str, Any]:
     """Everything that the templates say about a study."""
-    plan, facts = result.plan, result.facts
-    hardware = facts.get("hardware", {})
+    plan = result.plan
     return {
         "name": plan.study.name,
         "key": _key(result),
@@ -118,25 +117,32 @@ def _part(result: Result, svg: str | None) -> dict[str, Any]:
             sort_keys=False,
             allow_unicode=True,
         ),
-        "facts": {
-            "command": facts.get("command", ""),
-            "seeds": ", ".join(map(str, plan.scale.seeds)),
-            "dates": ", ".join(result.dates) or facts.get("date", ""),
-            "commits": ", ".join(result.commits),
-            "models": ", ".join(_models(result)),
-            "hardware": ", ".join(
-                str(word)
-                for word in (
-                    hardware.get("processor"),
-                    f"{hardware['cores']} cores" if "cores" in hardware else None,
-                    f"threads: {hardware['threads']}" if "threads" in hardware else None,
-                    hardware.get("device") if hardware.get("device") != "cpu" else None,
-                )
-                if word
-            ),
-            "cost": f"{result.done} cells, {result.cpu_seconds / 60:.1f} minutes of processor time, "
-            f"{result.seconds / 60:.1f} by the clock",
-        },
+        "facts": _facts(result),
+    }
+
+
+def _facts(result: Result) -> dict[str, str]:
+    """How the numbers came about."""
+    facts = result.facts
+    hardware = facts.get("hardware", {})
+    return {
+        "command": facts.get("command", ""),
+        "seeds": ", ".join(map(str, result.plan.scale.seeds)),
+        "dates": ", ".join(result.dates) or facts.get("date", ""),
+        "commits": ", ".join(result.commits),
+        "models": ", ".join(_models(result)),
+        "hardware": ", ".join(
+            str(word)
+            for word in (
+                hardware.get("processor"),
+                f"{hardware['cores']} cores" if "cores" in hardware else None,
+                f"threads: {hardware['threads']}" if "threads" in hardware else None,
+                hardware.get("device") if hardware.get("device") != "cpu" else None,
+            )
+            if word
+        ),
+        "cost": f"{result.done} cells, {result.cpu_seconds / 60:.1f} minutes of processor time, "
+        f"{result.seconds / 60:.1f} by the clock",
     }
 
 
