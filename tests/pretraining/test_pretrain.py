@@ -143,7 +143,7 @@ def test_a_run_is_not_started_over_by_accident(recipe: PretrainRecipe) -> None:
         pretrain(recipe, report=quiet)
 
 
-def test_a_folder_that_another_run_writes_to_is_left_alone(recipe: PretrainRecipe, tmp_path: Path) -> None:
+def test_a_folder_that_another_run_writes_to_is_left_alone(recipe: PretrainRecipe) -> None:
     with alone_in(Path(recipe.output.output_dir)), pytest.raises(StorageError, match="another run writes to"):
         pretrain(recipe, report=quiet)
     assert not (Path(recipe.output.output_dir) / "recipe.json").exists()

@@ -127,8 +127,7 @@ def _run(config: TrainRecipe, plans: Sequence[Plan], resume: bool, console: Cons
     frozen = load_frozen(config.model)
     runs = prepare(plans, frozen)
     if _is_compiled(config, frozen):
-        trained = {id(run.objective.prompted.frozen): run.objective.prompted.frozen for run in runs}
-        for model in trained.values():  # the frozen one, or the copy of it that is tuned
+        for model in {run.objective.prompted.frozen for run in runs}:  # the frozen one, or its copy that is tuned
             model.compile()
     if console is not None:
         _introduce(runs, frozen, console)

@@ -26,7 +26,7 @@ def align(predicted: Predicted, gold: Gold, *, lenient: bool = False) -> tuple[s
     if predicted.meanings and gold.meanings:
         order = _order_by_name(predicted, predicted.meanings, gold, gold.meanings, "meaning")
     elif predicted.ids and gold.ids:
-        order = _order_by_name(predicted, predicted.ids, gold, gold.ids, "id")
+        order = _order_by_name(predicted, predicted.ids, gold, _as_in_files(gold.ids, predicted.ids), "id")
     else:
         order = _order_by_line(predicted, gold)
     if not gold.choices:
@@ -80,7 +80,7 @@ def _order_by_line(predicted: Predicted, gold: Gold) -> list[int]:
 
 
 def _order_by_name(
-    predicted: Predicted, names: Sequence[str], gold: Gold, gold_names: Sequence[str], word: str
+    predicted: Predicted, names: Sequence[str], gold: Gold, known: Sequence[str], word: str
 ) -> list[int]:
     places: dict[str, int] = {}
     for index, identity in enumerate(names):
@@ -88,9 +88,6 @@ def _order_by_name(
             line = predicted.lines[index]
             raise DataError(f"'{predicted.path}', line {line}: {word} '{identity}' was there before")
         places[identity] = index
-    known = list(gold_names)
-    if word == "id" and not places.keys() & set(known):  # 'superglue_rte-dev-7' for what SuperGLUE's files call 7
-        known = [identity.rpartition("-")[2] for identity in known]
     missing = [identity for identity in known if identity not in places]
     if missing:
         raise DataError(
@@ -105,6 +102,11 @@ def _order_by_name(
             f"of {gold.path}"
         )
     return [places[identity] for identity in known]
+
+
+def _as_in_files(own: Sequence[str], theirs: Sequence[str]) -> Sequence[str]:
+    """Our ids as a benchmark's files have them, where none is known there: 7 for 'superglue_rte-dev-7'."""
+    return own if set(own) & set(theirs) else [identity.rpartition("-")[2] for identity in own]
 
 
 def _choice(text: str, choices: Sequence[str]) -> str | None:
